@@ -1,0 +1,63 @@
+# Each target does its own set-up; all it takes is Python 3.11 to 3.14 and make.
+# pip is quiet and takes its usual settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) from the environment.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CORE := $(VENV)/.installed-core
+TEST := $(VENV)/.installed-test
+
+# What `make demo` passes to `datencoder`, and how many processes the tests run in.
+DEMO = personalize examples/robot.png --out out/demo
+WORKERS = 2
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-slow lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(CORE)  ## personalize on an example picture and generate with it; pictures in out/demo
+	$(BIN)/datencoder $(DEMO)
+
+test: $(TEST)  ## run the tests, but for those marked slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(TEST)  ## run the tests marked slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(TEST)  ## check style, formatting, types and the order of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(TEST)  ## format the code and fix what can be fixed without thought
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove build products and caches, and set up afresh next time; out/ and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache $(CORE) $(TEST)
+	find . -name $(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# pip is the last thing `venv` puts in place: without it an attempt was cut short and is made again.
+$(BIN)/pip:
+	@for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	    if $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then \
+	        echo "setting up $(VENV) with $$($$python --version)"; \
+	        exec $$python -m venv $(VENV); \
+	    fi; \
+	done; \
+	echo "No Python from 3.11 to 3.14 with its venv module is on the PATH: install one (Debian, Ubuntu: python3 and python3-venv)." >&2; \
+	exit 1
+
+$(CORE): setup.cfg pyproject.toml | $(BIN)/pip
+	@echo "installing datencoder_jax into $(VENV); the first time takes a few minutes"
+	@$(PIP) install -e .
+	@touch $@
+
+$(TEST): setup.cfg pyproject.toml | $(BIN)/pip
+	@echo "installing datencoder_jax and its test tools into $(VENV); the first time takes several minutes"
+	@$(PIP) install -e '.[test]'
+	@touch $@ $(CORE)

@@ -1,0 +1,32 @@
+"""The embedded world's tuning-encoder."""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """`full` made the shipped weights; `smoke` runs end to end in seconds."""
+    config = ConfigDict(
+        {
+            "stage": "encoder",
+            "model": "toyworld",
+            "output": "runs/toyworld/encoder",
+            "initial": "",
+            "data": {"concepts": 12_000, "views": 4, "flat": 0.7, "template_share": 0.25},
+            "encoder": {"rank": 4, "width": 256, "depth": 3, "heads": 4, "blend": 0.5},
+            "pairs": 0.75,
+            "weights": {"contrastive": 0.002, "norm": 3e-4, "temperature": 0.1, "neighbours": 3, "gamma": 5.0},
+            "batch_size": 48,
+            "steps": 4_600,
+            "seed": 3,
+            "ema": 0.999,
+            "optim": {"lr": 8e-4, "warmup": 300, "decay": 0.4, "weight_decay": 0.01, "clip": 1.0, "b2": 0.99},
+            "log_every": 50,
+            "preview_every": 1000,
+            "checkpoint_minutes": 4,
+        }
+    )
+    if variant == "smoke":
+        config.data.concepts, config.data.views = 12, 2
+        config.encoder.update(width=32, depth=1, rank=2)
+        config.batch_size, config.steps, config.preview_every, config.log_every = 8, 4, 0, 2
+    return config

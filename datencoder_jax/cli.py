@@ -1,0 +1,284 @@
+"""The command line: `datencoder personalize | generate | toyworld | info`, a thin skin over the Python API.
+
+Here are the options and what happens on errors; the commands themselves are in `commands.py`, which is imported only
+when one is run, so that help texts come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from datencoder_jax.checkpoints.hub import TOYWORLD
+from datencoder_jax.errors import UserError
+from datencoder_jax.toyworld.world import ACCESSORIES, CLASSES, SCENES, STYLES
+
+_MAX_SEED = 2**31 - 1
+
+_EXAMPLES = {
+    "datencoder": """\
+  datencoder personalize examples/robot.png --out out/robot
+  datencoder generate --concept out/robot/concept.safetensors --prompt "a photo of a S* in the snow" --out out/snow
+  datencoder COMMAND --help""",
+    "personalize": """\
+  datencoder personalize examples/robot.png --out out/robot
+  datencoder personalize robot.png --prompt "a photo of a S* on the beach" "a pencil sketch of a S*" --out out/robot
+
+It writes to the output folder:
+  concept.safetensors   the concept, for `datencoder generate`
+  input.png             the picture as the model saw it
+  01_..._0.png, ...     the pictures, by prompt and number
+  samples.png           all of it on one sheet
+  report.json           nearest words, loss per step, seconds, peak memory, versions, seed""",
+    "generate": """\
+  datencoder generate --concept out/robot/concept.safetensors --prompt "a photo of a S* in the city" --out out/city
+  datencoder generate --prompt "a photo of a red car on the beach" --num 8 --out out/car
+  datencoder generate --prompt "a robot at night" --sampler dpm++2m --sampling-steps 12 --out out/night""",
+    "toyworld": """\
+  datencoder toyworld --out robot.png
+  datencoder toyworld --class fish --seed 3 --scene underwater --out fish.png
+  datencoder toyworld --instance 1100005 --style sketch --accessory hat --out sketch.png""",
+    "info": """\
+  datencoder info
+  datencoder info out/robot/concept.safetensors""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for a mistake in the input, 130 when interrupted."""
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return _fail(str(error))
+    except BrokenPipeError:  # whoever read the output (`head`, a pager) has left
+        _discard_output()
+        return 1
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # the output itself is what could not be written
+            _discard_output()
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}.")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail("The memory does not suffice; ask for fewer pictures (--num), or use a larger device.")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said what there is to say
+        return stop.code if isinstance(stop.code, int) else 2
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        args.run(args)
+    return 0
+
+
+def _discard_output() -> None:
+    """Sends what is still to be written to stdout nowhere, so that the interpreter does not fail on it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `args.run(args)` runs the chosen one."""
+    parser = _Parser(
+        prog="datencoder",
+        description="Personalized text-to-image diffusion: one picture of a thing in, pictures of that thing out.",
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_personalize(commands)
+    _add_generate(commands)
+    _add_toyworld(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str) -> Callable[..., Any]:
+    """Adds a command that runs the function of its name in `commands.py`; returns its `add_argument`."""
+
+    def run(args: argparse.Namespace) -> None:
+        from datencoder_jax import commands
+
+        getattr(commands, name)(args)
+
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.set_defaults(run=run)
+    return parser.add_argument
+
+
+def _add_personalize(commands: Any) -> None:
+    add = _add_command(
+        commands, "personalize", "learn a concept from one or several pictures of it, and draw it under prompts"
+    )
+    add("images", nargs="+", metavar="IMAGE", help="a picture of the thing; further ones must show the same thing")
+    add(
+        "--model",
+        default=TOYWORLD,
+        metavar="NAME",
+        help="toyworld, a diffusers folder, or a Hugging Face id (default: %(default)s)",
+    )
+    add("--encoder", metavar="PATH", help="the tuning-encoder's folder (default: the one embedded with toyworld)")
+    add("--steps", type=_integer(0), default=12, help="tuning steps; 0 for the encoder's guess (default: %(default)s)")
+    add("--token", default="S*", help="the placeholder that stands for the concept in prompts (default: %(default)s)")
+    _add_prompts(add, "each must contain the token (default: four scenes)")
+    _add_drawing(add, "weight of the concept's path against the plain model's (default: the encoder's)")
+
+
+def _add_generate(commands: Any) -> None:
+    add = _add_command(commands, "generate", "draw prompts, with a concept or without")
+    add("--concept", metavar="FILE", help="a concept.safetensors; prompts must then contain its token")
+    add(
+        "--model",
+        metavar="NAME",
+        help="toyworld, a diffusers folder, or a Hugging Face id "
+        "(default: the model the concept was made for, or toyworld)",
+    )
+    _add_prompts(add, "", required=True)
+    add("--sampler", choices=("ddim", "dpm++2m"), default="ddim", help="(default: %(default)s)")
+    add("--sampling-steps", type=_integer(1), default=25, metavar="N", help="(default: %(default)s)")
+    add(
+        "--guidance",
+        type=_number(0),
+        default=None,
+        metavar="SCALE",
+        help="scale of classifier-free guidance; 1 for none (default: the model's own, such as 2 for toyworld, or 7.5)",
+    )
+    add("--negative", default="", metavar="TEXT", help="what the pictures should not show")
+    _add_drawing(add, "weight of the concept's path against the plain model's (default: the concept's)")
+
+
+def _add_prompts(add: Callable, note: str, *, required: bool = False) -> None:
+    # Repeating the option adds to it; an argument that follows it is a prompt, so pictures come before.
+    note = f"; {note}" if note else ""
+    add(
+        "--prompt",
+        dest="prompts",
+        nargs="+",
+        action="extend",
+        required=required,
+        metavar="TEXT",
+        help=f"what to draw, one or several{note}",
+    )
+
+
+def _add_drawing(add: Callable, blend: str) -> None:
+    add("--num", type=_integer(1), default=4, help="pictures per prompt (default: %(default)s)")
+    add("--seed", type=_integer(0, _MAX_SEED), default=0, help="the same seed gives the same pictures (default: 0)")
+    add("--blend", type=_number(0, 1), metavar="A", help=blend)
+    add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
+
+
+def _add_toyworld(commands: Any) -> None:
+    add = _add_command(commands, "toyworld", "draw an inhabitant of the embedded model's world, to play with")
+    add("--class", dest="class_name", choices=CLASSES, metavar="CLASS", help=_one_of(CLASSES))
+    add(
+        "--instance",
+        type=_integer(0, 2**63 - 1),
+        metavar="ID",
+        help="which individual (default: one the model never saw, by the seed)",
+    )
+    add("--scene", choices=SCENES, default="studio", metavar="SCENE", help=_one_of(SCENES))
+    add("--style", choices=STYLES, default="flat", metavar="STYLE", help=_one_of(STYLES))
+    add("--accessory", choices=ACCESSORIES, default="none", metavar="THING", help=_one_of(ACCESSORIES))
+    add("--seed", type=_integer(0, _MAX_SEED), default=0, help="of position, scenery and choice (default: 0)")
+    add(
+        "--size",
+        type=_integer(16, 1024),
+        default=32,
+        metavar="PIXELS",
+        help="side the picture is drawn at; even (default: %(default)s, the model's own)",
+    )
+    add(
+        "--scale",
+        type=_integer(1, 64),
+        default=8,
+        metavar="N",
+        help="enlarge the drawn picture without smoothing, which `personalize` undoes exactly (default: %(default)s)",
+    )
+    add("--out", type=Path, required=True, metavar="PNG", help="the file to write")
+
+
+def _add_info(commands: Any) -> None:
+    add = _add_command(commands, "info", "say versions, devices and cache folders, or what a concept file holds")
+    add("file", nargs="?", metavar="FILE", help="a concept.safetensors")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Help with examples under it; misuse is one sentence without the usage lines."""
+
+    def __init__(self, prog: str, **kwargs: Any):
+        super().__init__(
+            prog=prog,
+            epilog=f"examples:\n{_EXAMPLES[prog.split()[-1]]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_fail(f"{message.rstrip('.')} (see `{self.prog} --help`)."))
+
+
+class _Version(argparse.Action):
+    def __init__(self, **kwargs: Any):
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"datencoder {metadata.version('datencoder_jax')}")
+        parser.exit()
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        return int(_checked(text, int, low, high, "a whole number"))
+
+    return parse
+
+
+def _number(low: float, high: float | None = None) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        return _checked(text, float, low, high, "a number")
+
+    return parse
+
+
+def _checked(text: str, kind: type, low: float, high: float | None, what: str) -> Any:
+    wanted = f"{what} from {low} to {high}" if high is not None else f"{what} of {low} or more"
+    try:
+        value = kind(text)
+        if not math.isfinite(value) or value < low or (high is not None and value > high):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+    return value
+
+
+def _one_of(options: Sequence[str]) -> str:
+    return "one of " + ", ".join(options)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2

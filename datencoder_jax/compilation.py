@@ -1,0 +1,88 @@
+"""Compiling visibly and once: a line before, the seconds after, and a cache on disk."""
+
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept: `$DATENCODER_CACHE`, or `datencoder_jax` in the user's cache folder.
+
+    None for a user who has neither of them, nor a home.
+    """
+    if ours := os.environ.get("DATENCODER_CACHE"):
+        return Path(ours)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datencoder_jax"
+    except RuntimeError:  # no home
+        return None
+
+
+@functools.cache
+def enable_cache() -> None:
+    """Turns on JAX's persistent compilation cache, unless the user has set one up or the folder cannot be written."""
+    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    if (cache := cache_folder()) is None:
+        return
+    folder = cache / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class Program:
+    """A jitted function that is compiled ahead of its first call, under a printed line.
+
+    Args:
+        name: what the line says is compiled.
+        function: as for `jax.jit`; further keyword arguments are `jax.jit`'s.
+
+    Attributes:
+        seconds: spent compiling (or reading the cache) so far.
+        compilations: how many programs were compiled; one per combination of shapes and static arguments.
+    """
+
+    def __init__(self, name: str, function, **options):
+        functools.update_wrapper(self, function)
+        self.name, self.seconds, self.compilations = name, 0.0, 0
+        self._jitted = jax.jit(function, **options)
+        self._static = tuple(options.get("static_argnames", ()))
+        self._compiled: dict = {}
+
+    def __call__(self, *args, quiet: bool = False, **kwargs):
+        static = {k: v for k, v in kwargs.items() if k in self._static}
+        dynamic = {k: v for k, v in kwargs.items() if k not in self._static}
+        leaves, structure = jax.tree.flatten((args, dynamic))
+        types = tuple((jax.numpy.shape(x), jax.numpy.result_type(x)) for x in leaves)
+        key = (structure, tuple(sorted(static.items())), types)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(args, kwargs, quiet)
+        return self._compiled[key](*args, **dynamic)
+
+    def _compile(self, args, kwargs, quiet: bool):
+        enable_cache()
+        if not quiet:
+            print(f"compiling {self.name} (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            compiled = self._jitted.lower(*args, **kwargs).compile()
+        except BaseException:
+            if not quiet:  # whatever is said of the failure gets a line of its own
+                print(file=sys.stderr, flush=True)
+            raise
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.compilations += 1
+        if not quiet:
+            print(f"{seconds:.1f} s", file=sys.stderr, flush=True)
+        return compiled

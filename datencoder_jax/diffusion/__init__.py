@@ -1,0 +1,1 @@
+"""Noise schedule, prediction types, samplers and guidance: pure functions of arrays."""

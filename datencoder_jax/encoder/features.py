@@ -1,0 +1,51 @@
+"""What the tuning-encoder sees of a concept: CLIP vision states and the denoiser's encoder half.
+
+    class states   the [CLS] state of every second layer of the vision tower                          (1), E4T
+    patches        the patch states of the last tapped layer                                          (2), ours
+    denoiser       every down-block residual and the mid output of the frozen UNet on the noisy latent
+                   z_t at t under the empty prompt, mean over space, concatenated                     (3), E4T
+
+E4T is arXiv 2302.12228, which the paper (arXiv 2307.06925) follows. (2) is our addition: the class token of a small
+tower says little about where on the object a colour or pattern sits. Nothing here is differentiated.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from datencoder_jax.models.module import Model
+from datencoder_jax.typing import Features
+
+
+def tapped_layers(layers: int) -> tuple[int, ...]:
+    """Indices into `VisionOutput.hidden` (0: the embeddings) that are tapped: every second layer, the last included."""
+    return tuple(range(layers, 0, -2))[::-1]
+
+
+def vision_features(vision: Model, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Equations (1), (2): normalized pixels `[batch, H, W, 3]` -> `[batch, taps, d]` and `[batch, patches, d]`."""
+    hidden = vision(pixels).hidden
+    taps = tapped_layers(len(hidden) - 1)
+    classes = jnp.stack([hidden[layer][:, 0] for layer in taps], axis=1)
+    return classes, hidden[taps[-1]][:, 1:]
+
+
+def denoiser_features(unet: Model, latents: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
+    """Equation (3): `latents [batch, h, w, c]`, `t [batch]`, empty prompt `[batch, l, d]` -> float32 `[batch, n]`."""
+    maps = unet.bind().features(latents, t, context)
+    return jnp.concatenate([m.astype(jnp.float32).mean(axis=(1, 2)) for m in maps], axis=-1)
+
+
+def extract(
+    vision: Model, unet: Model, pixels: jax.Array, latents: jax.Array, t: jax.Array, context: jax.Array
+) -> Features:
+    """All features, under `stop_gradient`.
+
+    Args:
+        pixels: the vision tower's input `[pictures, H, W, 3]`.
+        latents: noisy latents `[pictures * n, h, w, c]`: n for each picture in turn, which is looked at once.
+        t, context: of each latent, `[pictures * n]` and `[pictures * n, l, d]`.
+    """
+    each = len(latents) // len(pixels)
+    classes, patches = (jnp.repeat(states, each, axis=0) for states in vision_features(vision, pixels))
+    pooled = denoiser_features(unet, latents, t, context)
+    return jax.lax.stop_gradient(Features(classes.astype(jnp.float32), patches.astype(jnp.float32), pooled, t))

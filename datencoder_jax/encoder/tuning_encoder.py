@@ -1,0 +1,152 @@
+"""The tuning-encoder: a token embedder and a hypernetwork that read one memory of features.
+
+    m = LN [ LeakyReLU(mean_j W_j c_j),  W_d LN(denoiser),  W_t phi(t),  W_p patch_1, ..., W_p patch_P ]        (1)
+    s = Blocks(queries; m)          one learned query for v*, one for every projection of the inventory         (2)
+    v* = rho (b + W_v s_0 / sqrt(width))        in units of the token table's mean norm rho                     (3)
+    A_l = W_A[shape_l] s_l / sqrt(width in_l),  B_l = W_B[shape_l] s_l / sqrt(width),   W_B = 0 at the start     (4)
+
+The paper (arXiv 2307.06925) says what goes in and what comes out: a word embedding and low-rank offsets of self- and
+cross-attention. (1) follows E4T (arXiv 2302.12228). The queries (2), the decoders shared by projections of equal shape
+(4), and the direct prediction of v* (3) are ours; every W has a bias, and pretraining starts b in the midst of the
+words. Since `B = 0` at the start, an untrained hypernetwork leaves the base model as it is. The `sqrt(width)` sets the
+pace: an Adam step of rate r moves an entry of B by about r sqrt(width), as far as a step of tuning does; without it the
+first steps bury the base model.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from datencoder_jax.models.attention import attend
+from datencoder_jax.models.config import ConfigMixin
+from datencoder_jax.models.layers import LayerNorm, timestep_features
+from datencoder_jax.typing import Features, LowRank, Variables
+
+
+@dataclass(frozen=True)
+class EncoderConfig(ConfigMixin):
+    """Sizes of the tuning-encoder and of what it reads and fills.
+
+    Attributes:
+        vision_width, vision_taps: of the class states.
+        denoiser_width: length of the pooled UNet features.
+        embedding_dim: width of the token table.
+        inventory: `(path, in, out)` of every projection that gets an offset.
+        rank: of every offset.
+        width, depth, heads: of the transformer that the queries run through.
+        reference_norm: `rho`.
+        blend: the dual-path weight it was trained with, the default for tuning and sampling.
+    """
+
+    vision_width: int
+    vision_taps: int
+    denoiser_width: int
+    embedding_dim: int
+    inventory: tuple[tuple[str, int, int], ...]
+    rank: int = 4
+    width: int = 256
+    depth: int = 3
+    heads: int = 4
+    reference_norm: float = 1.0
+    blend: float = 0.5
+
+    def __post_init__(self):
+        # JSON has no tuples, and a configuration has to be hashable.
+        rows = tuple((str(path), int(inputs), int(outputs)) for path, inputs, outputs in self.inventory)
+        object.__setattr__(self, "inventory", rows)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The distinct `(in, out)` of the inventory, sorted."""
+        return tuple(sorted({(inputs, outputs) for _, inputs, outputs in self.inventory}))
+
+
+class _Block(nnx.Module):
+    """Pre-normed cross-attention of the queries to the memory, self-attention among queries, and an MLP."""
+
+    def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
+        common = {"dtype": dtype, "rngs": rngs}
+        self.norm_cross, self.norm_self, self.norm_mlp = (LayerNorm(width, epsilon=1e-5, **common) for _ in range(3))
+        self.cross_q = nnx.Linear(width, width, **common)
+        self.cross_kv = nnx.Linear(width, 2 * width, **common)
+        self.cross_out = nnx.Linear(width, width, **common)
+        self.self_qkv = nnx.Linear(width, 3 * width, **common)
+        self.self_out = nnx.Linear(width, width, **common)
+        self.mlp_in = nnx.Linear(width, 4 * width, **common)
+        self.mlp_out = nnx.Linear(4 * width, width, **common)
+        self.heads = heads
+
+    def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+        """Queries `[batch, q, width]`, memory `[batch, m, width]` -> `[batch, q, width]`."""
+        k, v = jnp.split(self.cross_kv(memory), 2, axis=-1)
+        x = x + self.cross_out(self._attend(self.cross_q(self.norm_cross(x)), k, v))
+        q, k, v = jnp.split(self.self_qkv(self.norm_self(x)), 3, axis=-1)
+        x = x + self.self_out(self._attend(q, k, v))
+        return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.norm_mlp(x))))
+
+    def _attend(self, q, k, v):
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))
+        return attend(q, k, v).reshape(*q.shape[:2], -1)
+
+
+class TuningEncoder(nnx.Module):
+    """Equations (1) to (4)."""
+
+    def __init__(self, config: EncoderConfig, *, dtype, rngs: nnx.Rngs):
+        common = {"dtype": dtype, "rngs": rngs}
+        width, rank = config.width, config.rank
+        normal = nnx.initializers.normal
+        self.class_proj = nnx.List(nnx.Linear(config.vision_width, width, **common) for _ in range(config.vision_taps))
+        self.patch_proj = nnx.Linear(config.vision_width, width, **common)
+        self.denoiser_norm = LayerNorm(config.denoiser_width, epsilon=1e-5, **common)
+        self.denoiser_proj = nnx.Linear(config.denoiser_width, width, **common)
+        self.time_proj = nnx.Linear(width, width, **common)
+        self.norm_memory = LayerNorm(width, epsilon=1e-5, **common)
+        self.queries = nnx.Param(normal(0.02)(rngs.params(), (1 + len(config.inventory), width)))
+        self.blocks = nnx.List(_Block(width, config.heads, **common) for _ in range(config.depth))
+        self.norm_out = LayerNorm(width, epsilon=1e-5, **common)
+        self.token_head = nnx.Linear(width, config.embedding_dim, kernel_init=normal(0.02), **common)
+        self.down_heads = nnx.List(
+            nnx.Linear(width, rank * inputs, kernel_init=normal(1.0), **common) for inputs, _ in config.shapes
+        )
+        self.up_heads = nnx.List(
+            nnx.Linear(width, rank * outputs, kernel_init=nnx.initializers.zeros, **common)
+            for _, outputs in config.shapes
+        )
+        self.config = config
+
+    def __call__(self, features: Features) -> Variables:
+        """Features of a batch -> one embedding `[batch, 1, embedding_dim]` and one set of offsets per sample."""
+        memory = self._memory(features)
+        batch = memory.shape[0]
+        queries = self.queries.get_value()
+        states = jnp.broadcast_to(queries[None], (batch, *queries.shape))
+        for block in self.blocks:
+            states = block(states, memory)
+        states = self.norm_out(states) * self.config.width**-0.5
+        embeddings = self.config.reference_norm * self.token_head(states[:, :1])
+        return Variables(embeddings, self._offsets(states[:, 1:]))
+
+    def _memory(self, features: Features) -> jax.Array:
+        """Equation (1): `[batch, 3 + patches, width]`."""
+        taps = [project(features.classes[:, j]) for j, project in enumerate(self.class_proj)]
+        classes = jax.nn.leaky_relu(sum(taps[1:], taps[0]) / len(taps))
+        time = self.time_proj(timestep_features(features.t, self.config.width))
+        denoiser = self.denoiser_proj(self.denoiser_norm(features.denoiser))
+        singles = jnp.stack([classes, denoiser, time], axis=1)
+        return self.norm_memory(jnp.concatenate([singles, self.patch_proj(features.patches)], axis=1))
+
+    def _offsets(self, states: jax.Array) -> dict[str, LowRank]:
+        """Equation (4), projections of one shape decoded together."""
+        offsets, batch, rank = {}, states.shape[0], self.config.rank
+        for shape, down_head, up_head in zip(self.config.shapes, self.down_heads, self.up_heads, strict=True):
+            inputs, outputs = shape
+            rows = [i for i, (_, *io) in enumerate(self.config.inventory) if tuple(io) == shape]
+            chosen = states[:, jnp.array(rows)]
+            down = down_head(chosen).reshape(batch, len(rows), inputs, rank) * inputs**-0.5
+            up = up_head(chosen).reshape(batch, len(rows), rank, outputs)
+            for k, row in enumerate(rows):
+                offsets[self.config.inventory[row][0]] = LowRank(down[:, k], up[:, k])
+        return offsets

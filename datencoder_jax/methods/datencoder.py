@@ -1,0 +1,67 @@
+"""The method itself: the tuning-encoder predicts `v*` and the offsets, which are then tuned (arXiv 2307.06925).
+
+The prediction depends on a noisy latent and its timestep. Pretraining makes it at one of a few timesteps `t_j`; for a
+concept the predictions at all of them, for each of its pictures `i`, are averaged once and frozen (ours):
+
+    x = mean_{i, j} E(I_i, sqrt(a_j) z_i + sqrt(1 - a_j) e_ij, t_j)                            (1)
+
+Factors are averaged, not their products: the decoders are shared, so the factors of one projection live in one basis.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from datencoder_jax.compilation import Program
+from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
+from datencoder_jax.encoder.features import extract
+from datencoder_jax.models.module import Model
+from datencoder_jax.pipeline import Base
+from datencoder_jax.typing import Variables
+
+_LEVELS = (0.2, 0.4, 0.6, 0.8)
+"""The `t_j` of equation (1), as shares of the schedule."""
+
+
+def levels(timesteps: int) -> jax.Array:
+    """The `t_j` of equation (1) in a schedule of so many timesteps, int32 `[4]`."""
+    return jnp.array([int(level * timesteps) for level in _LEVELS], jnp.int32)
+
+
+def predict_each(
+    encoder: Model,
+    base: Base,
+    images: jax.Array,
+    latents: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    empty_ids: jax.Array,
+) -> Variables:
+    """One prediction per noisy latent.
+
+    Args:
+        images: concept pictures in [-1, 1], `[pictures, H, W, 3]`.
+        latents: their clean scaled latents `[batch, h, w, c]`, the same number for each picture in turn, noised here to
+            `t [batch]` with `noise`.
+        empty_ids: token ids of the empty prompt `[1, L]`.
+
+    Returns:
+        Variables with a batch axis.
+    """
+    noisy = add_noise(latents, noise, jnp.asarray(alphas_cumprod(base.schedule))[t])
+    empty = base.text(empty_ids).last_hidden
+    context = jnp.broadcast_to(empty, (len(latents), *empty.shape[1:]))
+    return encoder(extract(base.eyes, base.unet, base.vision_input(images), noisy, t, context))
+
+
+def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array) -> Variables:
+    each_level = levels(base.schedule.num_train_timesteps)
+    t = jnp.tile(each_level, len(images))
+    latents = base.vae.bind().to_latents(images)
+    latents = jnp.repeat(latents, len(each_level), axis=0)
+    noise = jax.random.normal(key, latents.shape)
+    each = predict_each(encoder, base, images, latents, t, noise, empty_ids)
+    return jax.tree.map(lambda x: x.mean(axis=0), each)
+
+
+predict = Program("the encoder", _predict)
+"""`predict(base, encoder, images [k, H, W, 3] in [-1, 1], empty_ids [1, L], key) -> Variables`: equation (1)."""

@@ -1,0 +1,235 @@
+"""Attention with low-rank offsets and two paths, and the transformer blocks of the UNet.
+
+One attention layer with weights `W`, offsets `dW = A B` and blend `alpha` computes, for an input `h` (already normed)
+and contexts `c` (soft) and `c'` (hard); in self-attention both contexts are `h`:
+
+    soft = softmax(q k^T / sqrt(d)) v,    q = h (W_q + dW_q),  k = c (W_k + dW_k),  v = c (W_v + dW_v)      (1)
+    hard = softmax(q' k'^T / sqrt(d)) v', q' = h W_q,          k' = c' W_k,         v' = c' W_v             (2)
+    out  = alpha soft (W_o + dW_o) + (1 - alpha) hard W_o + b                                               (3)
+         = (alpha soft + (1 - alpha) hard) W_o + (alpha soft A_o) B_o + b                                   (4)
+
+Dual-path adaptation is section 4 of the paper (arXiv 2307.06925). The base projections of a shared input are computed
+once, and (4) needs one output projection for both paths, so only the softmax (and the second context's keys and
+values) is paid twice.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1
+from datencoder_jax.typing import LowRank, Offsets
+
+_CHUNK = 1024
+"""Queries per step of the memory-efficient path; its peak memory is `batch * heads * _CHUNK * keys`."""
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, impl: str = "auto") -> jax.Array:
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+        q: `[batch, queries, heads, dim]`.
+        k, v: `[batch, keys, heads, dim]`.
+        causal: a query sees only keys at or before its own position.
+        impl: "xla", "cudnn" (half precision on a GPU), "chunked" (queries in blocks, for long sequences), or "auto".
+
+    Returns:
+        `[batch, queries, heads, dim]` in `q`'s type.
+    """
+    if impl == "auto":
+        impl = _choose(q, k, causal)
+    if impl == "chunked":
+        if causal:
+            raise ValueError("the chunked implementation has no causal mask")
+        return _attend_chunked(q, k, v)
+    if impl == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    if causal:
+        visible = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def _choose(q: jax.Array, k: jax.Array, causal: bool) -> str:
+    """cuDNN where it applies (half precision, head dim a multiple of 8 up to 128, no short or causal sequence)."""
+    queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and half and dim % 8 == 0 and dim <= 128 and not causal:
+        return "cudnn"
+    if queries * keys >= 4096 * 4096 and not causal:
+        return "chunked"
+    return "xla"
+
+
+def _attend_chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention over blocks of queries; the backward pass recomputes each block instead of keeping its scores."""
+    batch, queries, heads, dim = q.shape
+    chunk = min(_CHUNK, queries)
+    padded = jnp.pad(q, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(batch, -1, chunk, heads, dim), 1, 0)
+    out = jax.lax.map(jax.checkpoint(lambda block: attend(block, k, v, impl="xla")), blocks)
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :queries]
+
+
+def low_rank(x: jax.Array, offset: LowRank) -> jax.Array:
+    """`(x A) B` in `x`'s type; per sample when the factors have a batch axis, shared when not."""
+    down, up = offset.down.astype(x.dtype), offset.up.astype(x.dtype)
+    return (x @ down) @ up
+
+
+def _blend(alpha, soft: jax.Array, hard: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`alpha soft` and `(1 - alpha) hard`, for a scalar `alpha` or one per sample `[batch]`."""
+    alpha = jnp.asarray(alpha, soft.dtype)
+    alpha = alpha.reshape(alpha.shape + (1,) * (soft.ndim - 1)) if alpha.ndim else alpha
+    return alpha * soft, (1 - alpha) * hard
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of one transformer block; equations (1) to (4).
+
+    Args:
+        width: channels of the input and output.
+        context_width: channels of the context; None for self-attention.
+        heads, head_dim: the inner width is their product.
+        path: this module's path in the UNet, the prefix of its keys in `Offsets`.
+    """
+
+    def __init__(self, width: int, context_width: int | None, heads: int, head_dim: int, *, path: str, dtype, rngs):
+        inner = heads * head_dim
+        source = width if context_width is None else context_width
+        self.to_q = nnx.Linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k = nnx.Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v = nnx.Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(inner, width, dtype=dtype, rngs=rngs)])
+        self.heads, self.path = heads, path
+
+    def __call__(
+        self,
+        h: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        offsets: Offsets | None = None,
+        hard_context: jax.Array | None = None,
+        dual: bool = False,
+        blend: jax.Array | float = 1.0,
+    ) -> jax.Array:
+        """`h [batch, n, width]` and contexts `[batch, l, context_width]` (None: self-attention) -> the shape of `h`."""
+        source = h if context is None else context
+        q, k, v = self.to_q(h), self.to_k(source), self.to_v(source)
+        soft = self._attend(
+            self._offset("to_q", h, q, offsets),
+            self._offset("to_k", source, k, offsets),
+            self._offset("to_v", source, v, offsets),
+        )
+        mixed = soft
+        if dual:
+            if hard_context is not None:
+                k, v = self.to_k(hard_context), self.to_v(hard_context)
+            soft, hard = _blend(blend, soft, self._attend(q, k, v))
+            mixed = soft + hard
+        return self._offset("to_out.0", soft, self.to_out[0](mixed), offsets)
+
+    def _offset(self, name: str, x: jax.Array, y: jax.Array, offsets: Offsets | None) -> jax.Array:
+        """`y`, plus this projection's offset of `x` where there is one."""
+        offset = (offsets or {}).get(f"{self.path}.{name}")
+        return y if offset is None else y + low_rank(x, offset)
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
+        out = attend(q, k, v)
+        return out.reshape(*out.shape[:2], -1)
+
+
+class _GEGLU(nnx.Module):
+    """`x -> a gelu(g)` with `[a, g] = x W + b` (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int, *, dtype, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(width, 2 * inner, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * activation("gelu")(gate)
+
+
+class _Gap(nnx.Module):
+    """Keeps an index of a Hugging Face list that holds no parameters (dropout at inference)."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class _FeedForward(nnx.Module):
+    def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
+        inner = 4 * width
+        self.net = nnx.List(
+            [_GEGLU(width, inner, dtype=dtype, rngs=rngs), _Gap(), nnx.Linear(inner, width, dtype=dtype, rngs=rngs)]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention and a gated feed-forward layer, each normed before and added after."""
+
+    def __init__(self, width: int, context_width: int, heads: int, head_dim: int, *, path: str, dtype, rngs: nnx.Rngs):
+        common = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = LayerNorm(width, epsilon=1e-5, **common)
+        self.attn1 = Attention(width, None, heads, head_dim, path=f"{path}.attn1", **common)
+        self.norm2 = LayerNorm(width, epsilon=1e-5, **common)
+        self.attn2 = Attention(width, context_width, heads, head_dim, path=f"{path}.attn2", **common)
+        self.norm3 = LayerNorm(width, epsilon=1e-5, **common)
+        self.ff = _FeedForward(width, **common)
+
+    def __call__(self, h: jax.Array, context: jax.Array, **paths) -> jax.Array:
+        """`h [batch, n, width]`; `paths` holds `offsets`, `hard_context` and `blend`."""
+        hard_context = paths.pop("hard_context", None)
+        dual = hard_context is not None
+        h = h + self.attn1(self.norm1(h), dual=dual, **paths)
+        h = h + self.attn2(self.norm2(h), context, hard_context=hard_context, dual=dual, **paths)
+        return h + self.ff(self.norm3(h))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of a feature map, with a residual around them.
+
+    Args:
+        linear: project in and out by linear layers (Stable Diffusion 2.x) instead of 1x1 convolutions (1.x).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        *,
+        depth: int,
+        groups: int,
+        linear: bool,
+        path: str,
+        dtype,
+        rngs,
+    ):
+        common = {"dtype": dtype, "rngs": rngs}
+        project = nnx.Linear if linear else conv1x1
+        self.norm = GroupNorm(width, groups=groups, epsilon=1e-6, **common)
+        self.proj_in = project(width, width, **common)
+        self.transformer_blocks = nnx.List(
+            BasicTransformerBlock(
+                width, context_width, heads, width // heads, path=f"{path}.transformer_blocks.{i}", **common
+            )
+            for i in range(depth)
+        )
+        self.proj_out = project(width, width, **common)
+
+    def __call__(self, x: jax.Array, context: jax.Array, **paths) -> jax.Array:
+        """`x [batch, h, w, width]` -> the same shape."""
+        h = self.proj_in(self.norm(x))
+        h = h.reshape(h.shape[0], -1, h.shape[-1])
+        for block in self.transformer_blocks:
+            h = block(h, context, **paths)
+        return self.proj_out(h.reshape(x.shape)) + x

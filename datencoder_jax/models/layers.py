@@ -1,0 +1,86 @@
+"""Layers that the models share: sinusoidal timestep features, activations, convolutions as Stable Diffusion uses them.
+
+The timestep features of dimension `d` at time `t` (Vaswani et al. 2017, as DDPM orders them) are, for
+`i = 0 .. d/2 - 1` and `f_i = exp(-ln(10000) i / (d/2 - shift))`:
+
+    phi(t) = [cos(t f_i), sin(t f_i)]      (`flip`; without it sines come first)            (1)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from datencoder_jax.errors import UserError
+
+
+def timestep_features(t: jax.Array, dim: int, *, flip: bool = True, shift: float = 0.0) -> Float[Array, "batch dim"]:
+    """Sinusoidal features (1) of timesteps `t [batch]`, in float32; `dim` is even."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    parts = (jnp.cos(angles), jnp.sin(angles)) if flip else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """`x sigmoid(1.702 x)`, the approximation OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation that a Hugging Face configuration calls `name`."""
+    if name not in _ACTIVATIONS:
+        raise UserError(f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def conv3x3(inputs: int, outputs: int, *, stride: int = 1, dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    """A 3x3 convolution with one pixel of zero padding."""
+    return nnx.Conv(inputs, outputs, (3, 3), strides=stride, padding=1, dtype=dtype, rngs=rngs)
+
+
+def conv1x1(inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    """A 1x1 convolution."""
+    return nnx.Conv(inputs, outputs, (1, 1), dtype=dtype, rngs=rngs)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Group normalization in float32 with the two-pass variance, which parity needs; the output is of type `dtype`."""
+
+    def __init__(self, channels: int, *, groups: int, epsilon: float, dtype, rngs: nnx.Rngs):
+        super().__init__(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+        self.output_dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x [batch, ..., channels]` -> the same shape."""
+        return super().__call__(x).astype(self.output_dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization in float32 with the two-pass variance; the output is of type `dtype`."""
+
+    def __init__(self, width: int, *, epsilon: float, dtype, rngs: nnx.Rngs):
+        super().__init__(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+        self.output_dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x [..., width]` -> the same shape."""
+        return super().__call__(x).astype(self.output_dtype)
+
+
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """`[batch, h, w, c]` -> `[batch, 2h, 2w, c]`, each pixel repeated."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

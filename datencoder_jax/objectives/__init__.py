@@ -1,0 +1,1 @@
+"""Losses; each returns one float32 value per example, and the caller takes the mean last."""

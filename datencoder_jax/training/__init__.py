@@ -1,0 +1,1 @@
+"""Training loops: one visible loop and a loss per model."""

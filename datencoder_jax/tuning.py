@@ -1,0 +1,176 @@
+"""Tuning a concept's variables on its pictures: a scan over optimiser steps in one program.
+
+The variables `x` are the embeddings `v*` and the offsets; everything else is frozen. With views `z_1 .. z_V` of the
+pictures (random crops and flips, encoded once), step `s` draws, from `fold_in(key, s)`, a batch of views, timesteps `t`
+and noises `e`, and takes an Adam step on
+
+    L(x) = mean_b |unet(z_t, t; dual path of x) - target|^2 + lambda_n |v*|^2 / rho^2              (1)
+    x   <- x - lr adam(grad L(x))          lr: one rate for the embeddings, one for the offsets    (2)
+
+The soft path reads the template with `v*` in the placeholder's place and has the offsets on, the hard path reads it
+with the nearest word (arXiv 2307.06925, section 4). Batch size, views, rates and `lambda_n` are ours.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from datencoder_jax.compilation import Program
+from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratified_timesteps, target
+from datencoder_jax.objectives.contrastive import nearest_words
+from datencoder_jax.objectives.denoising import denoising_loss
+from datencoder_jax.objectives.norm import mean_norm, norm_penalty
+from datencoder_jax.pipeline import Base
+from datencoder_jax.typing import Variables
+
+_ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
+
+
+class LearningRates(NamedTuple):
+    """Equation (2); zero freezes a part."""
+
+    embeddings: float | jax.Array
+    offsets: float | jax.Array
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """What shapes the program; static.
+
+    Attributes:
+        draws: samples of `(view, t, noise)` per step.
+        views: crops encoded in advance.
+        crop: smallest side of a crop, as a share of the picture's.
+        flip: whether a view may be mirrored.
+        norm_weight: `lambda_n`.
+    """
+
+    draws: int = 8
+    views: int = 16
+    crop: float = 0.9
+    flip: bool = True
+    norm_weight: float = 1e-3
+
+
+class Problem(NamedTuple):
+    """Everything a step reads and does not change.
+
+    Attributes:
+        base: the frozen model.
+        latents: the views, `[views, h, w, c]`.
+        soft_ids, hard_ids: the template with the placeholder and with the nearest word, `[1, L]`.
+        blend: weight of the soft path, scalar.
+        rates: learning rates.
+        key: of all draws.
+    """
+
+    base: Base
+    latents: jax.Array
+    soft_ids: jax.Array
+    hard_ids: jax.Array
+    blend: jax.Array
+    rates: LearningRates
+    key: jax.Array
+
+
+class TuneState(NamedTuple):
+    """The scan's carry."""
+
+    step: jax.Array
+    variables: Variables
+    optimiser: optax.OptState
+
+
+def views_of(images: jax.Array, key: jax.Array, config: TuningConfig) -> jax.Array:
+    """Random crops (resized back) and flips of pictures `[k, H, W, 3]` in turn: `[views, H, W, 3]`.
+
+    The first view of each picture is the picture itself, so that a single view is no augmentation at all.
+    """
+    count, side = config.views, images.shape[1]
+    crop_key, place_key, flip_key = jax.random.split(key, 3)
+    plain = jnp.arange(count) < len(images)
+    share = jnp.where(plain, 1.0, jax.random.uniform(crop_key, (count,), minval=config.crop, maxval=1.0))
+    corner = jax.random.uniform(place_key, (count, 2)) * (1.0 - share)[:, None] * side
+    flip = config.flip & ~plain & jax.random.bernoulli(flip_key, 0.5, (count,))
+
+    def view(index, share, corner, flip):
+        image = images[index % len(images)]
+        scale = jnp.broadcast_to(1.0 / share, (2,))
+        cropped = jax.image.scale_and_translate(
+            image, image.shape, (0, 1), scale, -corner * scale, "linear", antialias=False
+        )
+        return jnp.where(flip, cropped[:, ::-1], cropped)
+
+    return jax.vmap(view)(jnp.arange(count), share, corner, flip)
+
+
+def start(variables: Variables) -> TuneState:
+    """The state before the first step."""
+    return TuneState(jnp.int32(0), variables, _ADAM.init(variables))
+
+
+def tune_loss(variables: Variables, problem: Problem, draw_key: jax.Array, config: TuningConfig) -> jax.Array:
+    """Equation (1), a scalar."""
+    base, count = problem.base, config.draws
+    view_key, t_key, noise_key = jax.random.split(draw_key, 3)
+    latents = problem.latents[jax.random.randint(view_key, (count,), 0, len(problem.latents))]
+    t = stratified_timesteps(t_key, count, base.schedule.num_train_timesteps)
+    noise = jax.random.normal(noise_key, latents.shape)
+    alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[t]
+
+    def repeated(context: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(context, (count, *context.shape[1:]))
+
+    soft = base.text(problem.soft_ids, variables.embeddings).last_hidden
+    hard = base.text(problem.hard_ids).last_hidden
+    prediction = base.unet(
+        add_noise(latents, noise, alpha_bar),
+        t,
+        repeated(soft),
+        offsets=variables.offsets,
+        hard_context=repeated(hard),
+        blend=problem.blend,
+    )
+    error = denoising_loss(prediction, target(latents, noise, alpha_bar, base.schedule.prediction_type))
+    penalty = norm_penalty(variables.embeddings, mean_norm(base.table, base.words))
+    return error.mean() + config.norm_weight * penalty.mean()
+
+
+def tune_step(problem: Problem, state: TuneState, config: TuningConfig) -> tuple[TuneState, jax.Array]:
+    """One optimiser step (2); returns the new state and the loss before it."""
+    draw_key = jax.random.fold_in(problem.key, state.step)
+    loss, grads = jax.value_and_grad(tune_loss)(state.variables, problem, draw_key, config)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
+        updates, optimiser = _ADAM.update(grads, state.optimiser, state.variables)
+    rates = Variables(
+        *(jax.tree.map(lambda _, r=rate: r, part) for rate, part in zip(problem.rates, state.variables, strict=True))
+    )
+    variables = jax.tree.map(lambda x, update, rate: x - rate * update, state.variables, updates, rates)
+    return TuneState(state.step + 1, variables, optimiser), loss
+
+
+def encode_views(base: Base, images: jax.Array, key: jax.Array, config: TuningConfig) -> jax.Array:
+    """Scaled latents of the views of pictures `[k, H, W, 3]`: `[views, h, w, c]` float32."""
+    vae = base.vae.bind()
+    views = views_of(images, key, config)
+    return jax.lax.map(lambda image: vae.to_latents(image[None])[0], views, batch_size=16)
+
+
+def _tune(state: TuneState, problem: Problem, *, steps: int, config: TuningConfig) -> tuple[TuneState, jax.Array]:
+    return jax.lax.scan(lambda carry, _: tune_step(problem, carry, config), state, length=steps)
+
+
+tune = Program("tuning", _tune, static_argnames=("steps", "config"), donate_argnames=("state",))
+"""`tune(state, problem, steps=12, config=...) -> (state, losses [steps])`: one program; the state is donated."""
+
+
+encode_views_program = Program("picture encoding", encode_views, static_argnames=("config",))
+"""`encode_views` compiled ahead."""
+
+
+def nearest_word_ids(base: Base, embeddings: jax.Array, k: int = 5) -> tuple[jax.Array, jax.Array]:
+    """Ids and cosines of the `k` whole words nearest to `[n, d]` embeddings: `[n, k]` each."""
+    return nearest_words(embeddings, base.table, base.words, k)

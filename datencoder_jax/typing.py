@@ -1,0 +1,85 @@
+"""Array aliases and the small pytrees that travel between rooms, each defined once."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+AnyArray = jax.Array | np.ndarray
+"""An array on the device or on the host: a compiled program takes either."""
+
+Images = Float[Array, "batch height width 3"]
+
+Params = dict[str, jax.Array]
+"""A model's parameters under their Hugging Face names, in Flax layouts."""
+
+
+class LowRank(NamedTuple):
+    """A low-rank weight offset `dW = down @ up` of one linear projection.
+
+    Attributes:
+        down: `[in, rank]`, or `[batch, in, rank]` when every sample has its own offset.
+        up: `[rank, out]`, or `[batch, rank, out]`.
+    """
+
+    down: AnyArray
+    up: AnyArray
+
+
+Offsets = dict[str, LowRank]
+"""Weight offsets by module path (`...transformer_blocks.0.attn1.to_q`); projections that are not named have none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """A personalized concept: what turns the placeholder token of a prompt into one particular thing.
+
+    Attributes:
+        embeddings: `[n, d]` float32, the token vectors that the placeholder stands for.
+        offsets: weight offsets of the UNet's attention, unbatched.
+        token: the placeholder as it is written in prompts, such as `S*`.
+        blend: weight of the soft path in dual-path sampling; 1 means the soft path alone.
+        base: the name of the base model the concept was made for, for people.
+        fingerprint: the identity of that base model's weights (`checkpoints.identity.base_fingerprint`).
+        nearest_word: what the hard path's prompt holds: the word nearest to the embedding that tuning started from.
+        metadata: how it was made (steps, seed, rank, versions, picture ...), for people.
+    """
+
+    embeddings: AnyArray
+    offsets: Offsets
+    token: str
+    blend: float
+    base: str
+    fingerprint: str
+    nearest_word: str
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class Features(NamedTuple):
+    """What the tuning-encoder sees of a picture; see `encoder.features`.
+
+    Attributes:
+        classes: class-token states `[batch, taps, vision width]`.
+        patches: patch states `[batch, patches, vision width]`.
+        denoiser: pooled UNet features `[batch, n]`.
+        t: the timestep the UNet features were taken at, `[batch]`.
+    """
+
+    classes: jax.Array
+    patches: jax.Array
+    denoiser: jax.Array
+    t: jax.Array
+
+
+class Variables(NamedTuple):
+    """What is predicted by the tuning-encoder, then tuned: `v*` and the weight offsets.
+
+    Attributes:
+        embeddings: `[n, d]`, or `[batch, n, d]` when there is one set per sample.
+        offsets: batched alike.
+    """
+
+    embeddings: jax.Array
+    offsets: Offsets

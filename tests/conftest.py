@@ -1,0 +1,41 @@
+"""What every test runs under: eight fake CPU devices, strict types and shapes, no network, few threads."""
+
+import os
+from pathlib import Path
+
+# Read when jax, torch and the Hugging Face libraries are first imported, so set before any of them is.
+# Devices that meet in a collective are given ten minutes instead of 40 seconds: the machine may be busy.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+for _offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[_offline] = "1"
+# A collective blocks a thread of the pool that all devices compute in, and a device may wait in several at once: with
+# two threads per device they wait for each other until the process is aborted.
+os.environ.setdefault("NPROC", "64")
+for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_threads, "2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of what the tests do: their programs are kept, apart from the user's.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_configure(config):
+    # Two processes may write one entry at the same time; whoever finds it half-written compiles for itself.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """A tiny base model with random weights, and a tuning-encoder for it."""
+    from tiny import tiny_pipeline, write_tiny_base
+
+    return tiny_pipeline(write_tiny_base(tmp_path_factory.mktemp("tiny")))

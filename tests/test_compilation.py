@@ -1,0 +1,146 @@
+"""Programs: compiled once per kind of arguments, visibly, into a folder of the user's choice."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from datencoder_jax import compilation
+from datencoder_jax.compilation import Program, cache_folder, enable_cache
+
+
+def scaled(x, by=1.0, *, times=1, shift=0):
+    """Scales and shifts."""
+    return times * x * by + shift
+
+
+@pytest.fixture
+def program():
+    return Program("scaling", scaled, static_argnames=("times", "shift"))
+
+
+def test_compiles_once_per_shape_type_and_static_argument(program):
+    for x in (jnp.ones(3), np.ones(3, np.float32), 2 * jnp.ones(3)):
+        np.testing.assert_allclose(program(x, quiet=True), x)
+    assert program.compilations == 1
+    for count, (arguments, options) in enumerate(
+        [
+            ((jnp.ones(4),), {}),
+            ((jnp.ones(3, jnp.bfloat16),), {}),
+            ((jnp.ones((3, 1)),), {}),
+            ((jnp.ones(3), jnp.float32(2)), {}),
+            ((jnp.ones(3),), {"by": jnp.float32(2)}),
+            ((jnp.ones(3),), {"times": 2, "shift": 3}),
+            ((jnp.ones(3),), {"times": 3, "shift": 2}),
+        ],
+        start=2,
+    ):
+        program(*arguments, **options, quiet=True)
+        program(*arguments, **dict(reversed(options.items())), quiet=True)
+        assert program.compilations == count
+    np.testing.assert_allclose(program(jnp.ones(3), jnp.float32(5), times=2, shift=1, quiet=True), 11)
+    assert program.seconds > 0
+
+
+def test_says_so_unless_it_is_to_be_quiet(program, capsys):
+    program(jnp.ones(3), quiet=True)
+    assert capsys.readouterr() == ("", "")
+    program(jnp.ones(4))
+    program(jnp.ones(4))
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("compiling scaling") == 1 and err.endswith(" s\n")
+
+
+def test_a_failure_to_compile_starts_a_new_line(capsys):
+    def broken(x):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        Program("nothing", broken)(jnp.ones(3))
+    assert capsys.readouterr().err.endswith("...\x20\n")
+    with pytest.raises(ValueError, match="broken"):
+        Program("nothing", broken)(jnp.ones(3), quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_is_called_like_the_function_it_compiles(program):
+    assert program.__doc__ == "Scales and shifts." and program.__name__ == "scaled"
+
+
+def test_donates(program):
+    adding = Program("adding", lambda x, y: x + y, donate_argnums=0)
+    x, y = jnp.ones(3), jnp.ones(3)
+    adding(x, y, quiet=True)
+    assert x.is_deleted() and not y.is_deleted()
+
+
+def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATENCODER_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("DATENCODER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "datencoder_jax"
+
+
+def test_variables_that_are_empty_are_not_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATENCODER_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert cache_folder() == tmp_path / ".cache" / "datencoder_jax"
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("DATENCODER_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+
+def test_without_a_home_the_variables_do(monkeypatch, tmp_path, homeless):
+    assert cache_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "datencoder_jax"
+    monkeypatch.setenv("DATENCODER_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+
+
+@pytest.fixture
+def no_cache_yet():
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", None)
+    enable_cache.cache_clear()
+    yield
+    enable_cache.cache_clear()
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_the_cache_is_turned_on(monkeypatch, tmp_path, no_cache_yet):
+    monkeypatch.setattr(compilation, "cache_folder", lambda: tmp_path)
+    enable_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+    assert (tmp_path / "compiled").is_dir()
+
+
+def test_a_cache_set_up_before_stays(monkeypatch, tmp_path, no_cache_yet):
+    monkeypatch.setattr(compilation, "cache_folder", lambda: tmp_path)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
+    enable_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
+
+
+def test_without_a_place_for_it_there_is_no_cache(monkeypatch, tmp_path, no_cache_yet):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compilation, "cache_folder", lambda: tmp_path / "file")
+    enable_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_without_a_home_there_is_no_cache(homeless, no_cache_yet):
+    enable_cache()
+    assert jax.config.jax_compilation_cache_dir is None

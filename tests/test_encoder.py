@@ -1,0 +1,270 @@
+"""The tuning-encoder: what it reads, what it fills, what it is before training, and its folder."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import SIDE, UNET, VISION
+
+from datencoder_jax.checkpoints.encoder_folder import read_encoder, write_encoder
+from datencoder_jax.encoder.features import denoiser_features, extract, tapped_layers, vision_features
+from datencoder_jax.encoder.tuning_encoder import TuningEncoder
+from datencoder_jax.errors import UserError
+from datencoder_jax.models.module import Model, abstract_params, init_params
+from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
+from datencoder_jax.pipeline import attention_shapes, projection_shapes
+from datencoder_jax.training.encoder_stage import encoder_config
+from datencoder_jax.typing import Features
+
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion():
+    """The UNet of Stable Diffusion 1.x as shapes; nothing is allocated."""
+    config = UNetConfig()
+    return Model(UNet2DConditionModel, config, abstract_params(UNet2DConditionModel, config))
+
+
+@pytest.fixture(scope="module")
+def untrained(pipeline):
+    config = pipeline.encoder.config
+    return Model(TuningEncoder, config, init_params(TuningEncoder, config, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def features(pipeline):
+    config = pipeline.encoder.config
+    keys = jax.random.split(jax.random.key(1), 3)
+    return Features(
+        jax.random.normal(keys[0], (BATCH, config.vision_taps, config.vision_width)),
+        jax.random.normal(keys[1], (BATCH, VISION.patches, config.vision_width)),
+        jax.random.normal(keys[2], (BATCH, config.denoiser_width)),
+        jnp.array([10, 500, 900]),
+    )
+
+
+@jax.jit
+def predict(encoder, features):
+    return encoder(features)
+
+
+@pytest.fixture(scope="module")
+def predicted(pipeline, features):
+    return predict(pipeline.encoder, features)
+
+
+# --- the inventory
+
+
+def test_the_inventory_of_stable_diffusion(stable_diffusion):
+    inventory = attention_shapes(stable_diffusion)
+    assert len(inventory) == 128
+    assert sum(inputs + outputs for inputs, outputs in inventory.values()) == 199_296
+    # Sixteen transformer blocks, two attentions each, q, k, v and out.
+    assert {path.split(".attn")[1] for path in inventory} == {
+        f"{n}.to_{name}" for n in (1, 2) for name in ("q", "k", "v", "out.0")
+    }
+    assert len({path.split(".attn")[0] for path in inventory}) == 16
+    first = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert inventory[f"{first}.attn2.to_k"] == (768, 320) and inventory[f"{first}.attn1.to_out.0"] == (320, 320)
+
+
+def test_every_attention_weight_is_in_the_inventory(stable_diffusion):
+    weights = {name for name in stable_diffusion.params if ".attn" in name and name.endswith(".weight")}
+    assert {f"{path}.weight" for path in attention_shapes(stable_diffusion)} == weights
+
+
+def test_a_projection_that_is_not_known_is_an_error():
+    known = {"a.attn1.to_q.weight": (4, 4), "a.attn1.to_out.0.bias": (4,), "a.norm1.weight": (4,)}
+    assert projection_shapes(known) == {"a.attn1.to_q": (4, 4)}
+    with pytest.raises(UserError, match=r"a\.attn2\.add_k_proj\.weight"):
+        projection_shapes(known | {"a.attn2.add_k_proj.weight": (4, 4)})
+
+
+def test_the_encoder_fills_the_inventory(pipeline, predicted):
+    shapes = attention_shapes(pipeline.base.unet)
+    assert predicted.offsets.keys() == shapes.keys() and len(shapes) == 4 * 2 * 4
+    for path, (inputs, outputs) in shapes.items():
+        down, up = predicted.offsets[path]
+        assert down.shape == (BATCH, inputs, 2) and up.shape == (BATCH, 2, outputs)
+    assert predicted.embeddings.shape == (BATCH, 1, 12)
+
+
+# --- features
+
+
+def test_the_width_of_stable_diffusions_features(stable_diffusion):
+    latents = jax.ShapeDtypeStruct((2, 64, 64, 4), jnp.float32)
+    t, context = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((2, 77, 768), jnp.float32)
+    pooled = jax.eval_shape(denoiser_features, stable_diffusion, latents, t, context)
+    assert pooled.shape == (2, 10_880) and pooled.dtype == jnp.float32
+
+
+def test_every_second_layer_is_tapped():
+    assert tapped_layers(12) == (2, 4, 6, 8, 10, 12)
+    assert tapped_layers(3) == (1, 3)
+    assert tapped_layers(1) == (1,)
+
+
+def test_the_configuration_is_read_off_the_model(pipeline):
+    config = encoder_config(pipeline, rank=3, blend=0.25)
+    assert (config.vision_width, config.vision_taps, config.embedding_dim) == (VISION.hidden_size, 2, 12)
+    assert config.denoiser_width == 3 * UNET.block_out_channels[0]  # conv_in, one block, mid
+    assert config.reference_norm == pytest.approx(0.3 * 12**0.5, rel=0.1)
+    assert config.rank == 3 and config.blend == 0.25
+
+
+def images_and_latents(count):
+    keys = jax.random.split(jax.random.key(2), 3)
+    images = jax.random.uniform(keys[0], (count, SIDE, SIDE, 3))
+    latents = jax.random.normal(keys[1], (count, SIDE // 2, SIDE // 2, 4))
+    return images, latents, jnp.arange(count) * 300, jax.random.normal(keys[2], (count, 5, 12))
+
+
+def test_features_are_of_each_sample_and_carry_no_gradient(pipeline):
+    base, (images, latents, t, context) = pipeline.base, images_and_latents(2)
+
+    @jax.jit
+    def run(vision, unet, images, latents):
+        def total(vision, unet, images, latents):
+            found = extract(vision, unet, images, latents, t, context)
+            return sum(x.sum() for x in found[:3]), found
+
+        return jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(vision, unet, images, latents)
+
+    gradients, found = run(base.vision, base.unet, images, latents)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradients))
+    assert found.classes.shape == (2, 2, 8) and found.patches.shape == (2, 4, 8) and found.denoiser.shape == (2, 24)
+    for part in found[:3]:
+        assert part.dtype == jnp.float32 and not np.allclose(part[0], part[1], atol=1e-3)
+    classes, patches = jax.jit(vision_features)(base.vision, images)
+    np.testing.assert_allclose(found.classes, classes, atol=1e-5)
+    np.testing.assert_allclose(found.patches, patches, atol=1e-5)
+
+
+def test_the_vision_tower_sees_normalized_pictures(pipeline):
+    small = jnp.stack([jnp.full((4, 4, 3), value, jnp.float32) for value in (-1.0, 1.0)])
+    seen = pipeline.base.vision_input(small)
+    assert seen.shape == (2, SIDE, SIDE, 3)
+    for row, pixel in zip(seen, (0.0, 1.0), strict=True):
+        expected = (pixel - pipeline.base.pixel_mean) / pipeline.base.pixel_std
+        np.testing.assert_allclose(row, np.broadcast_to(expected, row.shape), rtol=1e-5)
+
+
+# --- the network
+
+
+def test_an_untrained_encoder_leaves_the_base_model_as_it_is(pipeline, untrained, features):
+    variables = predict(untrained, features)
+    assert all(not offset.up.any() and offset.down.any() for offset in variables.offsets.values())
+    _, latents, t, context = images_and_latents(BATCH)
+    unet = jax.jit(lambda model, offsets: model(latents, t, context, offsets=offsets))
+    np.testing.assert_array_equal(unet(pipeline.base.unet, variables.offsets), unet(pipeline.base.unet, None))
+
+
+def test_predictions_are_of_each_sample(pipeline, features, predicted):
+    for leaf in jax.tree.leaves(predicted):
+        assert all(not np.allclose(leaf[i], leaf[j], atol=1e-4) for i, j in ((0, 1), (0, 2), (1, 2)))
+    turned = predict(pipeline.encoder, jax.tree.map(lambda x: x[::-1], features))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[::-1], b, atol=1e-5), predicted, turned)
+
+
+@pytest.mark.parametrize("part", Features._fields)
+def test_every_feature_matters(pipeline, features, predicted, part):
+    value = getattr(features, part)
+    changed = features._replace(**{part: value[jnp.array([1, 1, 2])]})
+    other = predict(pipeline.encoder, changed)
+    for before, after in zip(jax.tree.leaves(predicted), jax.tree.leaves(other), strict=True):
+        assert not np.array_equal(before[0], after[0])
+        np.testing.assert_allclose(before[1:], after[1:], atol=1e-5)
+
+
+def test_gradients_reach_every_parameter_after_one_step(untrained, features):
+    def loss(params):
+        embeddings, offsets = untrained.with_params(params)(features)
+        rng, total = np.random.default_rng(0), 0.0
+        for product in (embeddings, *(o.down @ o.up for o in offsets.values())):
+            total += (product * rng.standard_normal(product.shape, dtype=np.float32)).sum()
+        return total
+
+    gradient = jax.jit(jax.grad(loss))
+    first = gradient(untrained.params)
+    # With B = 0 nothing reaches A, and so the queries only through B's and the embedding's heads.
+    assert all(not value.any() for name, value in first.items() if name.startswith("down_heads"))
+    stepped = jax.tree.map(lambda x, g: x - 1e-2 * g, untrained.params, first)
+    second = gradient(stepped)
+    assert [name for name, value in second.items() if not (np.isfinite(value).all() and value.any())] == []
+    # Every query has its own layer to fill.
+    assert (jnp.abs(second["queries"]).sum(axis=1) > 0).all()
+
+
+# --- its folder
+
+
+def test_written_and_read_back(pipeline, tmp_path):
+    write_encoder(tmp_path / "e", pipeline.encoder, "abc", dtype="float32")
+    found = read_encoder(tmp_path / "e", "abc")
+    assert found.config == pipeline.encoder.config and hash(found.config) == hash(pipeline.encoder.config)
+    assert found.params.keys() == pipeline.encoder.params.keys()
+    for name, value in pipeline.encoder.params.items():
+        np.testing.assert_array_equal(found.params[name], value, err_msg=name)
+    write_encoder(tmp_path / "e", pipeline.encoder, "abc")  # replaces it, in half precision
+    half = read_encoder(tmp_path / "e", "abc")
+    for name, value in pipeline.encoder.params.items():
+        assert half.params[name].dtype == jnp.float32
+        np.testing.assert_array_equal(half.params[name], value.astype(jnp.float16).astype(jnp.float32), err_msg=name)
+
+
+def test_what_is_no_encoder_for_this_model_is_refused(pipeline, tmp_path):
+    folder = tmp_path / "e"
+    with pytest.raises(UserError, match="home folder"):
+        read_encoder("~nosuchuser/x", "abc")
+    with pytest.raises(UserError, match="no encoder folder"):
+        read_encoder(folder, "abc")
+    write_encoder(folder, pipeline.encoder, "abc")
+    with pytest.raises(UserError, match="another base model"):
+        read_encoder(folder, "abd")
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"_class_name": "UNet2DConditionModel"}, "does not hold a tuning-encoder"),
+        ({"inventory": [["a", "b"]]}, "does not describe"),
+        ({"inventory": 3}, "does not describe"),
+        ({"rank": "4"}, "rank cannot be '4'"),
+        ({"rank": -1}, "does not describe"),
+        ({"blend": None}, "blend cannot be None"),
+        ({"inventory": config["inventory"][1:]}, "queries"),
+        ({"width": 16}, "model.safetensors"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message) as info:
+            read_encoder(folder, "abc")
+        assert "\n" not in str(info.value)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vision_width"}))
+    with pytest.raises(UserError, match="vision_width"):
+        read_encoder(folder, "abc")
+
+
+def test_a_larger_value_than_half_precision_holds_is_refused(pipeline, tmp_path):
+    params = pipeline.encoder.params | {"queries": pipeline.encoder.params["queries"] * 1e6}
+    with pytest.raises(UserError, match="queries"):
+        write_encoder(tmp_path / "e", replace(pipeline.encoder, params=params), "abc")
+    assert not (tmp_path / "e").exists()
+
+
+def test_sizes_of_an_encoder_for_stable_diffusion(pipeline, stable_diffusion):
+    inventory = tuple((path, *shape) for path, shape in attention_shapes(stable_diffusion).items())
+    config = replace(
+        pipeline.encoder.config,
+        inventory=inventory,
+        denoiser_width=10_880,
+        embedding_dim=768,
+        width=512,
+        rank=4,
+        heads=8,
+    )
+    count = sum(x.size for x in abstract_params(TuningEncoder, config).values())
+    assert len(config.shapes) == 6 and count < 60e6  # a decoder of its own for every projection would be 400e6

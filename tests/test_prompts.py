@@ -1,0 +1,180 @@
+"""Prompts to token ids: the placeholder, the hard prompt, what is cut, and which words may be a concept's neighbour."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from datencoder_jax.errors import UserError
+from datencoder_jax.prompts import PromptTokenizer, check_prompts
+from datencoder_jax.toyworld.tokenizer import END, MAX_LENGTH, START, build, write_tokenizer
+
+VOCABULARY = build()[0]
+CONCEPT = len(VOCABULARY)
+"""The id of the concept's first vector."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return PromptTokenizer(folder, len(VOCABULARY), MAX_LENGTH)
+
+
+def inside(ids):
+    """The ids of one prompt between the start and the first end; the rest is padding."""
+    ids = [int(i) for i in ids]
+    assert ids[0] == VOCABULARY[START]
+    end = ids.index(VOCABULARY[END])
+    assert set(ids[end:]) == {VOCABULARY[END]}
+    return ids[1:end]
+
+
+def words(text):
+    return [CONCEPT if word == "*" else VOCABULARY[f"{word}</w>"] for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a photo of S*", "a photo of *"),
+        ("S* on the beach", "* on the beach"),
+        ("S*", "*"),
+        ("a photo of a S* at night", "a photo of a * at night"),
+        ("S* and S*", "* and *"),
+        ("S*S*", "* *"),
+        ("a photo of S*, at night", "a photo of * , at night"),
+        ("S*'s house", "* 's house"),
+        ("(S*)", "( * )"),
+        ("a photo of s*", None),
+        ("a photo of a robot", "a photo of a robot"),
+    ],
+)
+def test_the_placeholder_becomes_the_id_past_the_vocabulary(tokenizer, prompt, expected):
+    found = inside(tokenizer.encode([prompt], "S*")[0])
+    if expected is None:  # another case is another word
+        assert CONCEPT not in found
+        return
+    pieces = []
+    for word in expected.split():
+        pieces += [CONCEPT] if word == "*" else inside(tokenizer.encode([word])[0])
+    assert found == pieces
+
+
+def test_encoded_prompts_are_padded_rows_of_int32(tokenizer):
+    ids = tokenizer.encode(["a photo of S*", ""], "S*")
+    assert ids.dtype == np.int32 and ids.shape == (2, MAX_LENGTH)
+    assert inside(ids[1]) == []
+    assert inside(ids[0]) == words("a photo of *")
+
+
+def test_words_around_the_placeholder_are_those_of_the_prompt_without_it(tokenizer):
+    around = inside(tokenizer.encode(["a red S* under water"], "S*")[0])
+    assert [i for i in around if i != CONCEPT] == words("a red under water")
+
+
+def test_a_placeholder_may_stand_for_several_vectors(tokenizer):
+    ids = inside(tokenizer.encode(["S* and S*"], "S*", vectors=3)[0])
+    assert ids == [CONCEPT, CONCEPT + 1, CONCEPT + 2, *words("and"), CONCEPT, CONCEPT + 1, CONCEPT + 2]
+
+
+@pytest.mark.parametrize("token", ["S*", "<my cat>", "sks", "$1.", "ö"])
+def test_any_text_may_be_the_placeholder(tokenizer, token):
+    assert inside(tokenizer.encode([f"a photo of {token} at night"], token)[0]) == words("a photo of * at night")
+
+
+@pytest.mark.parametrize(
+    ("token", "prompt", "expected"),
+    [
+        ("s", "s in the snow", "* in the snow"),
+        ("sks", "masks and sks", "masks and *"),
+        ("sks", "sks's house", "*'s house"),
+        ("ö", "snö ö", "snö *"),
+    ],
+)
+def test_a_placeholder_inside_a_word_is_none(tokenizer, token, prompt, expected):
+    def ids(text):
+        return inside(tokenizer.encode([text])[0])
+
+    before, after = expected.split("*")
+    assert inside(tokenizer.encode([prompt], token)[0]) == [*ids(before), CONCEPT, *ids(after)]
+    np.testing.assert_array_equal(
+        tokenizer.encode([prompt], token, word="robot"), tokenizer.encode([expected.replace("*", "robot")])
+    )
+
+
+def test_the_hard_prompt_is_the_prompt_with_the_word(tokenizer):
+    soft = ["a photo of S*", "S*, and S*'s house"]
+    hard = tokenizer.encode(soft, "S*", word="robot")
+    np.testing.assert_array_equal(hard, tokenizer.encode(["a photo of robot", "robot, and robot's house"]))
+    assert hard.max() < CONCEPT
+
+
+def test_what_does_not_fit_is_cut_and_named(tokenizer):
+    room = MAX_LENGTH - 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids = tokenizer.encode(["red " * room + "robot on the beach"], "S*")
+    assert len(caught) == 1 and "cut: 'robot on the beach'" in str(caught[0].message)
+    assert inside(ids[0]) == words("red " * room)
+    with pytest.warns(UserWarning, match=r"cut: 'a S\* on the beach'"):
+        tokenizer.encode(["S* " + "red " * (room - 1) + "a S* on the beach"], "S*")
+
+
+def test_a_prompt_whose_placeholder_is_cut_off_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"placeholder 'S\*' does not fit"):
+        tokenizer.encode(["red " * (MAX_LENGTH - 2) + "S* on the beach"], "S*")
+
+
+def test_a_prompt_that_just_fits_is_not_cut(tokenizer):
+    exact = "red " * (MAX_LENGTH - 3) + "S*"
+    ids = tokenizer.encode([exact], "S*")[0]
+    assert inside(ids)[-1] == CONCEPT and ids[-1] == VOCABULARY[END]
+
+
+def test_long_prompts_leave_no_other_trace(tmp_path, caplog):
+    write_tokenizer(tmp_path)
+    new = PromptTokenizer(tmp_path, len(VOCABULARY), MAX_LENGTH)
+    with pytest.warns(UserWarning, match="longer than"):
+        new.encode(["red " * 100])
+    assert not caplog.records
+
+
+def test_neighbours_are_whole_words_of_three_letters_or_more(tokenizer):
+    chosen = {tokenizer.word(i) for i in np.flatnonzero(tokenizer.whole_words)}
+    assert {"robot", "photo", "the", "beach"} <= chosen
+    assert all(len(word) > 2 and word.isascii() and word.isalpha() for word in chosen)
+    assert not chosen & {"a", "of", "an"}
+    assert len(tokenizer.whole_words) == CONCEPT
+    # Special tokens, single bytes and beginnings of words are no words.
+    allowed = {text for text, index in VOCABULARY.items() if tokenizer.whole_words[index]}
+    assert all(text.endswith("</w>") for text in allowed) and START not in allowed and END not in allowed
+
+
+def test_a_word_and_its_id(tokenizer):
+    assert tokenizer.word(tokenizer.word_id("robot")) == "robot"
+    for bad in ("robotrobot", "two words", ""):
+        with pytest.raises(UserError, match="single token"):
+            tokenizer.word_id(bad)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "token", "message"),
+    [
+        ([], None, "no prompt"),
+        (["a robot", " \t"], None, "empty"),
+        (["a photo of S*", "a robot"], "S*", r"'a robot' does not contain the placeholder 'S\*'"),
+        (["a photo of s*"], "S*", "does not contain"),
+        (["masks"], "sks", "does not contain"),
+        ("a photo of S*", "S*", "list of texts"),
+    ],
+)
+def test_bad_prompts_are_refused_in_one_sentence(prompts, token, message):
+    with pytest.raises(UserError, match=message) as info:
+        check_prompts(prompts, token)
+    assert "\n" not in str(info.value)
+
+
+def test_good_prompts_pass():
+    check_prompts(["a photo of S*", "S*'s house"], "S*")
+    check_prompts(["a robot"], None)

@@ -1,0 +1,73 @@
+"""The embedded model is an ordinary diffusers folder: stock diffusers loads it and draws the same latents."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from datencoder_jax import sampling
+from datencoder_jax.checkpoints.encoder_folder import read_encoder
+from datencoder_jax.checkpoints.hub import resolve_base
+from datencoder_jax.diffusion.samplers import make_plan
+from datencoder_jax.pipeline import read_pipeline
+
+FOLDER = resolve_base("toyworld")
+PROMPTS = ["a photo of a robot on the beach", "a pencil sketch of a house at night"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return read_pipeline(FOLDER, "toyworld")
+
+
+def test_sizes_stay_small_enough_to_ship():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24e6
+    assert max(path.stat().st_size for path in files) <= 15e6
+    encoder = FOLDER.with_name("toyworld_encoder")
+    assert sum(path.stat().st_size for path in encoder.rglob("*") if path.is_file()) <= 15e6
+
+
+def test_the_shipped_encoder_belongs_to_the_shipped_model(pipeline):
+    encoder = read_encoder(FOLDER.with_name("toyworld_encoder"), pipeline.fingerprint)
+    assert encoder.config.embedding_dim == pipeline.base.table.shape[1]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_stock_diffusers_draws_the_same_latents(pipeline, guidance):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(str(FOLDER), dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    side, channels = pipeline.base.unet.config.sample_size, pipeline.base.unet.config.in_channels
+    noise = np.random.default_rng(0).standard_normal((len(PROMPTS), side, side, channels)).astype(np.float32)
+    theirs = stock(
+        PROMPTS,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2)),
+        num_inference_steps=20,
+        guidance_scale=guidance,
+        output_type="latent",
+    ).images.numpy()
+
+    tokenizer = pipeline.tokenizer
+    request = sampling.Request(
+        tokenizer.encode(PROMPTS), None, tokenizer.encode([""]), noise, jnp.float32(guidance), jnp.float32(0)
+    )
+    plan = make_plan("ddim", pipeline.base.schedule, 20)
+    ours = np.asarray(jax.jit(sampling.sample_latents)(pipeline.base, plan, request, None)).transpose(0, 3, 1, 2)
+    assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+
+
+def test_stock_diffusers_decodes_the_same_pictures(pipeline):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL.from_pretrained(str(Path(FOLDER) / "vae"))
+    side, channels = pipeline.base.unet.config.sample_size, pipeline.base.unet.config.in_channels
+    latents = np.random.default_rng(1).standard_normal((2, side, side, channels)).astype(np.float32)
+    with torch.no_grad():
+        scaled = torch.from_numpy(latents.transpose(0, 3, 1, 2)) / vae.config.scaling_factor
+        theirs = vae.decode(scaled).sample.numpy().transpose(0, 2, 3, 1)
+    ours = pipeline.base.vae.bind().decode(jnp.asarray(latents) / pipeline.base.vae.config.scaling_factor)
+    assert np.abs(np.asarray(ours) - theirs).max() <= 2e-5 * max(1.0, np.abs(theirs).max())
