@@ -235,7 +235,8 @@ def test_what_is_no_encoder_for_this_model_is_refused(pipeline, tmp_path):
         ({"inventory": 3}, "does not describe"),
         ({"rank": "4"}, "rank cannot be '4'"),
         ({"rank": -1}, "does not describe"),
-        ({"blend": None}, "blend cannot be None"),
+        ({"blend": True}, "blend cannot be True"),
+        ({"vision_width": None}, "vision_width"),  # null is an option left out, and this one has no default
         ({"inventory": config["inventory"][1:]}, "queries"),
         ({"width": 16}, "model.safetensors"),
     ):
