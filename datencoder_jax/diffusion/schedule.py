@@ -17,7 +17,8 @@ With `a = alpha_bar_t` in [0, 1], a clean latent `x0` and noise `eps ~ N(0, I)`:
 (1), (2), (4): Ho et al. 2020 (arXiv 2006.11239). (3), (5), (6): Salimans and Ho 2022 (arXiv 2202.00512).
 (8): Min-SNR weighting, Hang et al. 2023 (arXiv 2303.09556). (9) is ours: it caps the weight of nearly clean inputs as
 min-SNR does but keeps that of the noisiest ones, where class and layout are decided. The schedule itself is computed
-once on the host in float64 and rounded to float32 at the end.
+once on the host in float64 and rounded to float32 at the end; only the factors of (1) are rounded before, as diffusers'
+are, so that the tables agree to the last digits.
 """
 
 import functools
@@ -34,7 +35,7 @@ from datencoder_jax.models.config import ConfigMixin
 
 # What diffusers assumes for options that a scheduler_config.json leaves out depends on the class that wrote it.
 _PIXEL = {"clip_sample": True, "set_alpha_to_one": True}
-_SIGMA = {"timestep_spacing": "linspace", "set_alpha_to_one": True}
+_SIGMA = {"set_alpha_to_one": True}
 _CLASS_DEFAULTS = {
     "DDIMScheduler": _PIXEL,
     "DDPMScheduler": _PIXEL,
@@ -61,7 +62,8 @@ class ScheduleConfig(ConfigMixin):
         beta_start, beta_end, beta_schedule: `linear`, `scaled_linear` (linear in sqrt(beta)) or `squaredcos_cap_v2`.
         trained_betas: the betas themselves, overriding the three above.
         prediction_type: `epsilon` or `v_prediction`.
-        timestep_spacing: how a sampler picks its timesteps: `leading`, `trailing` or `linspace`.
+        timestep_spacing: how a sampler picks its timesteps: `leading`, `trailing` or `linspace`; None, as in the files
+            of Stable Diffusion 1 and 2, leaves it to the sampler: `leading` for DDIM, `linspace` for the others.
         steps_offset: added to `leading` timesteps.
         set_alpha_to_one: DDIM's last step goes to `alpha_bar = 1` instead of `alpha_bar_0`.
         clip_sample, clip_sample_range: DDIM clips its estimates of `x0`.
@@ -74,7 +76,7 @@ class ScheduleConfig(ConfigMixin):
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None
     steps_offset: int = 0
     set_alpha_to_one: bool = False
     clip_sample: bool = False
@@ -86,7 +88,12 @@ class ScheduleConfig(ConfigMixin):
         "use_flow_sigmas": (False, None),
         "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
         "prediction_type": ("epsilon", "v_prediction"),
-        "timestep_spacing": ("leading", "trailing", "linspace"),
+        "timestep_spacing": ("leading", "trailing", "linspace", None),
+        "timestep_type": ("discrete", None),
+        "interpolation_type": ("linear", None),
+        "final_sigmas_type": ("zero", None),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
     }
 
     def __post_init__(self):
@@ -118,7 +125,7 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
 
 def exact_alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     """`alpha_bar` `[T]` float64, for computing coefficients on the host."""
-    alpha_bar = np.cumprod(1.0 - _betas(config))
+    alpha_bar = np.cumprod((1.0 - _betas(config)).astype(np.float32), dtype=np.float64)  # (1)
     if config.rescale_betas_zero_snr:
         # Algorithm 1 of arXiv 2305.08891: shift sqrt(alpha_bar) to end at 0, scale it to start as before.
         signal = np.sqrt(alpha_bar)
