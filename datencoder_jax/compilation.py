@@ -40,6 +40,15 @@ def enable_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def compiler_options() -> dict[str, str]:
+    """What every program is compiled with.
+
+    On CPUs XLA orders operations for concurrency by default, which computes early what `jax.checkpoint` puts off, and
+    keeps it: a small UNet's gradient took 77 MB that way, with and without `remat`, and takes 12 MB with both.
+    """
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else {}
+
+
 class Program:
     """A jitted function that is compiled ahead of its first call, under a printed line.
 
@@ -75,7 +84,7 @@ class Program:
             print(f"compiling {self.name} (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
-            compiled = self._jitted.lower(*args, **kwargs).compile()
+            compiled = self._jitted.lower(*args, **kwargs).compile(compiler_options())
         except BaseException:
             if not quiet:  # whatever is said of the failure gets a line of its own
                 print(file=sys.stderr, flush=True)

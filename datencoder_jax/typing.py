@@ -16,6 +16,18 @@ Params = dict[str, jax.Array]
 """A model's parameters under their Hugging Face names, in Flax layouts."""
 
 
+class Added(NamedTuple):
+    """What the UNet of Stable Diffusion XL is told beside the context.
+
+    Attributes:
+        pooled: pooled text `[batch, p]`.
+        sizes: `[batch, 6]` in pixels: original height and width, top and left of the crop, target height and width.
+    """
+
+    pooled: jax.Array
+    sizes: jax.Array
+
+
 class LowRank(NamedTuple):
     """A low-rank weight offset `dW = down @ up` of one linear projection.
 
@@ -37,7 +49,8 @@ class Concept:
     """A personalized concept: what turns the placeholder token of a prompt into one particular thing.
 
     Attributes:
-        embeddings: `[n, d]` float32, the token vectors that the placeholder stands for.
+        embeddings: `[n, d]` float32, the token vectors that the placeholder stands for; where the base model has two text
+            towers, the vectors of both side by side.
         offsets: weight offsets of the UNet's attention, unbatched.
         token: the placeholder as it is written in prompts, such as `S*`.
         blend: weight of the soft path in dual-path sampling; 1 means the soft path alone.

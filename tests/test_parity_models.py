@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from datencoder_jax.checkpoints.layouts import from_torch_layout
+from datencoder_jax.compilation import compiler_options
 from datencoder_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
+from datencoder_jax.typing import Added
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -38,7 +40,14 @@ UNET_SMALL = UNET_SD1 | {
 UNETS = {
     "sd1": UNET_SD1,
     "sd2": UNET_SD1 | {"attention_head_dim": (2, 4, 6), "use_linear_projection": True, "upcast_attention": True},
-    # Options that neither version changes, so that their being read shows.
+    "sdxl": UNET_SMALL
+    | {"use_linear_projection": True, "transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4)}
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    | {"addition_embed_type": "text_time", "addition_time_embed_dim": 6, "projection_class_embeddings_input_dim": 46},
+    # Options that no version changes, so that their being read shows.
     "other": UNET_SMALL
     | {"layers_per_block": 2, "transformer_layers_per_block": 2, "norm_eps": 0.1}
     | {"flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 5, "out_channels": 3, "act_fn": "gelu"},
@@ -118,16 +127,31 @@ def test_unet(shape):
         draw(rng, 2, 5, 24),
         np.array([7, 903], np.int32),
     )
+    added, theirs_added = None, None
+    if theirs.config.addition_embed_type:
+        added = Added(draw(rng, 2, 10), np.array([[64, 48, 3, 5, 64, 48], [8, 9, 0, 0, 80, 90]], np.float32))
+        theirs_added = {"text_embeds": torch.from_numpy(added.pooled), "time_ids": torch.from_numpy(added.sizes)}
     taps = []
     hook = theirs.mid_block.register_forward_hook(lambda _module, _inputs, output: taps.append(output))
-    expected = theirs(nchw(latents), torch.from_numpy(t), torch.from_numpy(context)).sample
+    residuals = []
+    down = theirs.up_blocks[0].register_forward_hook(
+        lambda _module, _inputs, kept, _output: residuals.extend(kept["res_hidden_states_tuple"]), with_kwargs=True
+    )
+    expected = theirs(
+        nchw(latents), torch.from_numpy(t), torch.from_numpy(context), added_cond_kwargs=theirs_added
+    ).sample
     hook.remove()
+    down.remove()
 
-    def run(model, latents, t, context):
-        return model(latents, t, context), model.bind().features(latents, t, context)
+    def run(model, latents, t, context, added):
+        return model(latents, t, context, added=added), model.bind().features(latents, t, context, added)
 
-    actual, features = jax.jit(run)(model, latents, t, context)
-    expected_features = [nhwc(x) for x in [*encoder_residuals(theirs, latents, t, context), taps[0]]]
+    actual, features = jax.jit(run)(model, latents, t, context, added)
+    if added is None:
+        residuals = encoder_residuals(theirs, latents, t, context)
+    else:  # the last of them, which go into the first up block
+        features = features[-1 - len(residuals) :]
+    expected_features = [nhwc(x) for x in [*residuals, taps[0]]]
     check(
         output=error(actual, nhwc(expected)),
         features=max(error(a, b) for a, b in zip(features, expected_features, strict=True)),
@@ -153,6 +177,38 @@ def test_one_timestep_stands_for_the_batch():
     latents, context = draw(rng, 2, 4, 4, 4), draw(rng, 2, 5, 24)
     run = jax.jit(lambda model, t: model.bind().features(latents, t, context)[-1])
     np.testing.assert_array_equal(run(model, jnp.int32(11)), run(model, jnp.array([11, 11])))
+
+
+def test_a_unet_that_takes_pooled_text_says_so_and_checks_its_width():
+    config = UNetConfig.from_dict(UNETS["sdxl"])
+    assert config.pooled_width == 10 and UNetConfig.from_dict(UNET_SD1).pooled_width == 0
+    module = Model(UNet2DConditionModel, config, abstract_params(UNet2DConditionModel, config))
+    with pytest.raises(ValueError, match="pooled text"):
+        jax.eval_shape(
+            lambda model, *inputs: model(*inputs), module, jnp.zeros((1, 4, 4, 4)), jnp.int32(1), jnp.zeros((1, 5, 24))
+        )
+    for options in ({"projection_class_embeddings_input_dim": 36}, {"addition_time_embed_dim": None}):
+        with pytest.raises(ValueError, match="do not fit"):
+            UNetConfig.from_dict(UNETS["sdxl"] | options)
+
+
+def test_remat_changes_memory_and_not_the_gradient():
+    deep = {"layers_per_block": 2, "transformer_layers_per_block": 3}
+    theirs = randomized(diffusers.UNet2DConditionModel(**UNET_SD1 | deep))
+    model = ours(UNet2DConditionModel, UNetConfig.from_dict(dict(theirs.config)), theirs)
+    rng = np.random.default_rng(3)
+    latents, context = draw(rng, 2, 16, 16, 4), draw(rng, 2, 5, 24)
+
+    def gradient(remat):
+        def loss(model, context):
+            return jnp.square(model(latents, jnp.int32(500), context, remat=remat)).mean()
+
+        return jax.jit(jax.grad(loss, argnums=1)).lower(model, context).compile(compiler_options())
+
+    plain, saving = gradient(False), gradient(True)
+    np.testing.assert_allclose(saving(model, context), plain(model, context), rtol=1e-4, atol=1e-7)
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in (saving, plain)]
+    assert sizes[0] < 0.5 * sizes[1], sizes
 
 
 @pytest.mark.parametrize("options", [{}, {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": None}])
@@ -191,10 +247,11 @@ def test_clip_text(act, eos):
     model = ours(CLIPTextModel, CLIPTextConfig.from_dict(values), theirs)
     # Token 2 is ordinary text; the padding repeats the end of text.
     ids = np.array([[98, 5, 2, 99, 99, 99, 99], [98, 99, 99, 99, 99, 99, 99], [98, 7, 8, 2, 9, 1, 99]], np.int32)
-    expected = theirs(torch.from_numpy(ids))
+    expected = theirs(torch.from_numpy(ids), output_hidden_states=True)
     actual = jax.jit(lambda model, ids: model(ids))(model, ids)
     check(
         last_hidden=error(actual.last_hidden, expected.last_hidden_state),
+        penultimate=error(actual.penultimate, expected.hidden_states[-2]),
         pooled=error(actual.pooled, theirs.text_model(torch.from_numpy(ids)).pooler_output),
         projected=error(actual.projected, expected.text_embeds),
     )

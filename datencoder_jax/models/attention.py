@@ -13,6 +13,8 @@ once, and (4) needs one output projection for both paths, so only the softmax (a
 values) is paid twice.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -226,10 +228,11 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project(width, width, **common)
 
-    def __call__(self, x: jax.Array, context: jax.Array, **paths) -> jax.Array:
-        """`x [batch, h, w, width]` -> the same shape."""
+    def __call__(self, x: jax.Array, context: jax.Array, *, remat: bool = False, **paths) -> jax.Array:
+        """`x [batch, h, w, width]` -> the same shape; `remat` as for the UNet."""
         h = self.proj_in(self.norm(x))
         h = h.reshape(h.shape[0], -1, h.shape[-1])
         for block in self.transformer_blocks:
-            h = block(h, context, **paths)
+            apply = functools.partial(block, **paths)
+            h = (jax.checkpoint(apply) if remat else apply)(h, context)
         return self.proj_out(h.reshape(x.shape)) + x

@@ -58,11 +58,13 @@ class TextOutput(NamedTuple):
 
     Attributes:
         last_hidden: `[batch, l, width]`, after the final layer norm: what the UNet attends to.
+        penultimate: `[batch, l, width]`, before the last layer, without norm: what the UNet of XL attends to.
         pooled: `[batch, width]`, the state at the first end-of-text token.
         projected: `[batch, projection_dim]`, `pooled` in the space shared with pictures; None without the projection.
     """
 
     last_hidden: jax.Array
+    penultimate: jax.Array
     pooled: jax.Array
     projected: jax.Array | None = None
 
@@ -100,8 +102,9 @@ class _TextTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, causal=True, **common)
         self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **common)
 
-    def __call__(self, ids: jax.Array, concept: jax.Array | None) -> jax.Array:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids, concept))[-1])
+    def __call__(self, ids: jax.Array, concept: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        *_, penultimate, last = self.encoder(self.embeddings(ids, concept))
+        return self.final_layer_norm(last), penultimate
 
 
 class CLIPTextModel(nnx.Module):
@@ -128,9 +131,10 @@ class CLIPTextModel(nnx.Module):
             The states, in the computation type. An id past the last row of `concept` reads the last row; without
             `concept` an id past the vocabulary reads the last token.
         """
-        last_hidden = self.text_model(ids, concept)
+        last_hidden, penultimate = self.text_model(ids, concept)
         pooled = jnp.take_along_axis(last_hidden, self._end(ids)[:, None, None], axis=1)[:, 0]
-        return TextOutput(last_hidden, pooled, None if self.text_projection is None else self.text_projection(pooled))
+        projected = None if self.text_projection is None else self.text_projection(pooled)
+        return TextOutput(last_hidden, penultimate, pooled, projected)
 
     def _end(self, ids: jax.Array) -> jax.Array:
         """Position `[batch]` of the first end-of-text token; concepts' ids never count as one."""

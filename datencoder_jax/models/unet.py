@@ -1,8 +1,13 @@
-"""Stable Diffusion's denoising UNet (1.x and 2.x) with weight offsets and a second context as inputs.
+"""Stable Diffusion's denoising UNet (1.x, 2.x and XL) with weight offsets and a second context as inputs.
 
 Module names are those of diffusers' `UNet2DConditionModel`, so parameter names match its checkpoints. The latents are
 NHWC. `h_0` is the input convolution; each down block appends its residuals to a list that the up blocks consume in
 reverse, so the encoder half returns exactly what a feature extractor needs (method section 2).
+
+With sinusoidal features `phi`, pooled text `p` and sizes `s_1 .. s_6`, every residual block is given
+
+    e = MLP(phi(t))                                                 Stable Diffusion 1.x, 2.x       (1)
+    e = MLP(phi(t)) + MLP'([p, phi(s_1), ..., phi(s_6)])            XL (arXiv 2307.01952)           (2)
 """
 
 from dataclasses import dataclass
@@ -15,7 +20,11 @@ from flax import nnx
 from datencoder_jax.models.attention import Transformer2DModel
 from datencoder_jax.models.config import ConfigMixin, per_block
 from datencoder_jax.models.layers import GroupNorm, activation, conv1x1, conv3x3, timestep_features, upsample_nearest
-from datencoder_jax.typing import Offsets
+from datencoder_jax.typing import Added, Offsets
+
+SIZES = 6
+"""Numbers that XL's UNet is told of a picture: original height and width, top and left of the crop, target height and
+width."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,9 @@ class UNetConfig(ConfigMixin):
     act_fn: str = "silu"
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     _required: ClassVar = {
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -46,7 +58,7 @@ class UNetConfig(ConfigMixin):
         "dual_cross_attention": (False, None),
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
-        "addition_embed_type": (None,),
+        "addition_embed_type": (None, "text_time"),
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
         "resnet_time_scale_shift": ("default",),
@@ -66,10 +78,8 @@ class UNetConfig(ConfigMixin):
         "cross_attention_norm": (None,),
         "resnet_skip_time_act": (False,),
         "resnet_out_scale_factor": (1, 1.0),
-        "projection_class_embeddings_input_dim": (None,),
         "class_embeddings_concat": (False,),
         "addition_embed_type_num_heads": (64,),
-        "addition_time_embed_dim": (None,),
         "reverse_transformer_layers_per_block": (None,),
         "dropout": (0, 0.0),
     }
@@ -86,6 +96,16 @@ class UNetConfig(ConfigMixin):
     def depth(self, block: int) -> int:
         """Transformer blocks per attention at resolution level `block`."""
         return per_block(self.transformer_layers_per_block, len(self.block_out_channels))[block]
+
+    def __post_init__(self):
+        if self.addition_embed_type and not (self.addition_time_embed_dim and self.pooled_width > 0):
+            raise ValueError("its pooled text and sizes do not fit into projection_class_embeddings_input_dim")
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text of equation (2); 0 for a UNet that takes none."""
+        total, each = self.projection_class_embeddings_input_dim, self.addition_time_embed_dim
+        return (total or 0) - SIZES * (each or 0) if self.addition_embed_type else 0
 
 
 class ResnetBlock2D(nnx.Module):
@@ -177,6 +197,14 @@ class _Stage(nnx.Module):
             if attend
         )
 
+    def run(self, index: int, h, time, context, *, remat: bool = False, **paths):
+        """Residual block `index` and the transformer after it, if there is one."""
+        resnet = self.resnets[index]
+        h = (jax.checkpoint(resnet.__call__) if remat else resnet)(h, time)
+        if index < len(self.attentions):
+            h = self.attentions[index](h, context, remat=remat, **paths)
+        return h
+
 
 class _DownBlock(_Stage):
     def __init__(self, config, level, inputs, *, dtype, rngs):
@@ -191,10 +219,8 @@ class _DownBlock(_Stage):
     def __call__(self, h, time, context, **paths):
         """-> the output and the list of residuals for the up blocks."""
         residuals = []
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h, time)
-            if self.attentions:
-                h = self.attentions[i](h, context, **paths)
+        for i in range(len(self.resnets)):
+            h = self.run(i, h, time, context, **paths)
             residuals.append(h)
         for downsample in self.downsamplers:
             h = downsample(h)
@@ -210,8 +236,7 @@ class _MidBlock(_Stage):
         super().__init__(config, level, widths, attends=[True, False], path="mid_block", dtype=dtype, rngs=rngs)
 
     def __call__(self, h, time, context, **paths):
-        h = self.attentions[0](self.resnets[0](h, time), context, **paths)
-        return self.resnets[1](h, time)
+        return self.run(1, self.run(0, h, time, context, **paths), time, context, **paths)
 
 
 class _UpBlock(_Stage):
@@ -235,10 +260,8 @@ class _UpBlock(_Stage):
 
     def __call__(self, h, residuals, time, context, **paths):
         """Consumes its residuals from the end of the list."""
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(jnp.concatenate([h, residuals.pop()], axis=-1), time)
-            if self.attentions:
-                h = self.attentions[i](h, context, **paths)
+        for i in range(len(self.resnets)):
+            h = self.run(i, jnp.concatenate([h, residuals.pop()], axis=-1), time, context, **paths)
         for upsample in self.upsamplers:
             h = upsample(h)
         return h
@@ -266,6 +289,13 @@ class UNet2DConditionModel(nnx.Module):
         self.config, self.dtype = config, dtype
         self.conv_in = conv3x3(config.in_channels, channels[0], **common)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], act=config.act_fn, **common)
+        self.add_embedding = (
+            TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, 4 * channels[0], act=config.act_fn, **common
+            )
+            if config.addition_embed_type
+            else None
+        )
         self.down_blocks = nnx.List(
             _DownBlock(config, level, channels[max(level - 1, 0)], **common) for level in range(len(channels))
         )
@@ -281,41 +311,47 @@ class UNet2DConditionModel(nnx.Module):
         t: jax.Array,
         context: jax.Array,
         *,
+        added: Added | None = None,
         offsets: Offsets | None = None,
         hard_context: jax.Array | None = None,
         blend: jax.Array | float = 1.0,
+        remat: bool = False,
     ) -> jax.Array:
         """The model's prediction (noise or velocity, as it was trained).
 
         Args:
             latents: `[batch, h, w, in_channels]`, noisy.
-            t: integer timesteps, `[batch]` or a scalar.
+            t: timesteps, `[batch]` or a scalar; whole numbers in training, and in between for some samplers.
             context: text states `[batch, l, cross_attention_dim]`; of the soft path when there are two.
+            added: pooled text and sizes, for XL.
             offsets: low-rank weight offsets of the soft path's attention projections.
             hard_context: text states `[batch, l', cross_attention_dim]` of the hard path; None runs the soft one alone.
             blend: weight of the soft path, a scalar or `[batch]`; has no effect without `hard_context`.
+            remat: keep only the input of every layer for the backward pass, which computes the rest again.
 
         Returns:
             `[batch, h, w, out_channels]` in float32.
         """
         hard_context = None if hard_context is None else hard_context.astype(self.dtype)
-        paths = {"offsets": offsets, "hard_context": hard_context, "blend": blend}
-        residuals, h, time, context = self._encode(latents, t, context, **paths)
+        paths = {"offsets": offsets, "hard_context": hard_context, "blend": blend, "remat": remat}
+        residuals, h, time, context = self._encode(latents, t, context, added, **paths)
         for block in self.up_blocks:
             h = block(h, residuals, time, context, **paths)
         return self.conv_out(self.act(self.conv_norm_out(h))).astype(jnp.float32)
 
-    def features(self, latents: jax.Array, t: jax.Array, context: jax.Array) -> list[jax.Array]:
+    def features(
+        self, latents: jax.Array, t: jax.Array, context: jax.Array, added: Added | None = None
+    ) -> list[jax.Array]:
         """The encoder half alone: every down-block residual, `conv_in`'s first, then the mid block's output."""
-        residuals, h, _, _ = self._encode(latents, t, context)
+        residuals, h, _, _ = self._encode(latents, t, context, added)
         return [*residuals, h]
 
-    def _encode(self, latents, t, context, **paths):
+    def _encode(self, latents, t, context, added, **paths):
         t = jnp.broadcast_to(jnp.asarray(t), latents.shape[:1])
-        features = timestep_features(
-            t, self.config.block_out_channels[0], flip=self.config.flip_sin_to_cos, shift=self.config.freq_shift
-        )
-        time = self.act(self.time_embedding(features.astype(self.dtype)))
+        time = self.time_embedding(self._sinusoids(t, self.config.block_out_channels[0]))  # (1)
+        if self.add_embedding is not None:
+            time = time + self._added(added)  # (2)
+        time = self.act(time)
         context = context.astype(self.dtype)
         h = self.conv_in(latents.astype(self.dtype))
         residuals = [h]
@@ -323,3 +359,15 @@ class UNet2DConditionModel(nnx.Module):
             h, more = block(h, time, context, **paths)
             residuals += more
         return residuals, self.mid_block(h, time, context, **paths), time, context
+
+    def _sinusoids(self, x: jax.Array, width: int) -> jax.Array:
+        features = timestep_features(x, width, flip=self.config.flip_sin_to_cos, shift=self.config.freq_shift)
+        return features.astype(self.dtype)
+
+    def _added(self, added: Added | None) -> jax.Array:
+        """The second term of equation (2)."""
+        if added is None or self.add_embedding is None:
+            raise ValueError("this UNet takes pooled text and sizes")
+        sizes = self._sinusoids(added.sizes.reshape(-1), self.config.addition_time_embed_dim or 0)
+        sizes = sizes.reshape(len(added.sizes), -1)
+        return self.add_embedding(jnp.concatenate([added.pooled.astype(self.dtype), sizes], axis=-1))
