@@ -1,12 +1,32 @@
-"""What the tests of weights and of concept files share."""
+"""What the tests of weights, of base models and of concept files share."""
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from datencoder_jax.checkpoints.components import COMPONENTS
 from datencoder_jax.errors import UserError
+from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.typing import Concept, LowRank
+
+BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+UNET = dict(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    cross_attention_dim=12,
+    attention_head_dim=2,
+    norm_num_groups=4,
+    **BLOCKS,
+)
+VAE = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16}
+TOWER = {"intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 12}
+VISION = dict(**TOWER, hidden_size=8, image_size=16, patch_size=8)
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 
@@ -42,3 +62,15 @@ def refuses(match, call, *args, **kwargs):
         call(*args, **kwargs)
     assert "\n" not in str(info.value) and str(info.value).endswith(".")
     return str(info.value)
+
+
+def random_model(kind, config, seed):
+    """Parameters drawn by numpy: compiling the initializers of this many shapes would take most of the tests' time."""
+    rng = np.random.default_rng(seed)
+    params = {name: 0.1 * rng.normal(size=x.shape).astype("f4") for name, x in abstract_params(kind, config).items()}
+    return Model(kind, config, jax.device_put(params))
+
+
+def models_of(parts):
+    """The models among the parts of a base model, by component."""
+    return {name: getattr(parts, name) for name in COMPONENTS if getattr(parts, name) is not None}

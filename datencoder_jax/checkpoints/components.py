@@ -28,12 +28,13 @@ COMPONENTS = {
     "unet": Component(UNet2DConditionModel, UNetConfig, "diffusion_pytorch_model"),
     "vae": Component(AutoencoderKL, VAEConfig, "diffusion_pytorch_model"),
     "text_encoder": Component(CLIPTextModel, CLIPTextConfig, "model"),
+    "text_encoder_2": Component(CLIPTextModel, CLIPTextConfig, "model"),
     "image_encoder": Component(CLIPVisionModel, CLIPVisionConfig, "model"),
 }
 
 
 def of_kind(kind: type) -> Component:
-    """The component that `kind` is."""
+    """The first component that `kind` is."""
     return next(component for component in COMPONENTS.values() if component.kind is kind)
 
 

@@ -1,7 +1,8 @@
 """The names that tensors go by in the wild, and the one name each has here.
 
 Names here are those of current diffusers and transformers. Files differ in a few known ways: the attention of the VAE's
-middle block was renamed, towers come with and without their prefix, and old exports carry index buffers.
+middle block was renamed, towers come with and without their prefix, and old exports carry index buffers. Whole other
+ways of naming are `single_file` (checkpoints of one file) and `openclip`.
 """
 
 import re
@@ -22,6 +23,55 @@ _VAE_LEGACY = re.compile(r"^((?:encoder|decoder)\.mid_block\.attentions\.\d+\.)(
 _VAE_PROJECTION = re.compile(r"\.mid_block\.attentions\.\d+\.to_(?:q|k|v|out\.0)\.weight$")
 
 
+class Tensors(Mapping[str, np.ndarray]):
+    """Tensors by name, each read when asked for.
+
+    Attributes:
+        readers: what gives each tensor.
+    """
+
+    def __init__(self, readers: dict[str, Callable[[], np.ndarray]]):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+def renamed(tensors: Tensors, rename: Callable[[str], str | None], origin: str) -> Tensors:
+    """The same tensors under the names that `rename` gives; those it gives None are left out.
+
+    Raises:
+        UserError: two tensors go by one name; `origin` is what it calls them all.
+    """
+    sources: dict[str, str] = {}
+    for key in tensors:
+        name = rename(key)
+        if name in sources:
+            raise UserError(f"{origin}: {sources[name]} and {key} are two names of one parameter.")
+        if name is not None:
+            sources[name] = key
+    return Tensors({name: tensors.readers[key] for name, key in sources.items()})
+
+
+def public(tensors: Tensors, wanted: Collection[str], origin: str) -> Tensors:
+    """Tensors under public names, as far as `wanted` has them.
+
+    Raises:
+        UserError: two tensors go by one name.
+    """
+    found = renamed(tensors, lambda key: public_name(key, wanted), origin)
+    for name, read in found.readers.items():
+        if _VAE_PROJECTION.search(name):
+            found.readers[name] = lambda read=read: _linear(read())
+    return found
+
+
 def public_name(key: str, wanted: Collection[str]) -> str | None:
     """The name in `wanted` that the file's `key` stands for; None to ignore it; `key` itself when it is unknown."""
     if key in wanted:
@@ -36,37 +86,6 @@ def public_name(key: str, wanted: Collection[str]) -> str | None:
     return next((name for name in candidates if name in wanted), key)
 
 
-class Renamed(Mapping[str, np.ndarray]):
-    """A file's tensors under public names, read when asked for.
-
-    Args:
-        keys: the file's own names.
-        read: gives the tensor of one of them.
-        wanted: the public names.
-        origin: the file, for errors.
-
-    Raises:
-        UserError: two tensors of the file go by one name.
-    """
-
-    def __init__(self, keys: Collection[str], read: Callable[[str], np.ndarray], wanted: Collection[str], origin: str):
-        self._read = read
-        self._keys: dict[str, str] = {}
-        for key in keys:
-            name = public_name(key, wanted)
-            if name in self._keys:
-                raise UserError(f"{origin}: {self._keys[name]} and {key} are two names of one parameter.")
-            if name is not None:
-                self._keys[name] = key
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        array = self._read(self._keys[name])
-        if _VAE_PROJECTION.search(name) and array.ndim == 4 and array.shape[2:] == (1, 1):
-            return array[:, :, 0, 0]  # old exports hold these linear layers as 1x1 convolutions
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+def _linear(weight: np.ndarray) -> np.ndarray:
+    """The weight of a linear layer, which old exports hold as that of a 1x1 convolution."""
+    return weight[:, :, 0, 0] if weight.ndim == 4 and weight.shape[2:] == (1, 1) else weight

@@ -8,7 +8,7 @@
 Strictly: every tensor is used once and every parameter filled once, or it is an error that names the keys.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import ml_dtypes
@@ -64,8 +64,15 @@ def from_torch_layout(
     Raises:
         UserError: parameters are missing, unexpected, of the wrong shape, or not floating point.
     """
+    return dict(converted(arrays, abstract, dtype=dtype, origin=origin))
+
+
+def converted(
+    arrays: Mapping[str, np.ndarray], abstract: Mapping[str, jax.ShapeDtypeStruct], *, dtype: str, origin: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """As `from_torch_layout`, one parameter at a time; what is wrong with shapes is raised after the last."""
     check_names(arrays, abstract, origin)
-    result, odd = {}, []
+    odd = []
     for name, wanted in abstract.items():
         array = arrays[name]
         expected = torch_shape(name, wanted.shape)
@@ -74,10 +81,9 @@ def from_torch_layout(
             continue
         if array.dtype not in FLOATS:
             raise UserError(f"{origin}: {name} is of type {array.dtype}, which is not supported.")
-        result[name] = _cast(_swap(name, array, to_torch=False), dtype, name, origin)
+        yield name, _cast(_swap(name, array, to_torch=False), dtype, name, origin)
     if odd:
         raise UserError(f"{origin}: {len(odd)} tensor(s) have the wrong shape: {_some(odd, '; ')}.")
-    return result
 
 
 def to_torch_layout(

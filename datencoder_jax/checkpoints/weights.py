@@ -1,19 +1,23 @@
-"""A component's safetensors on disk: plain, half-precision variant or sharded, memory-mapped."""
+"""Safetensors on disk, memory-mapped (plain, half-precision variant or sharded), and as parameters on the device."""
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from datencoder_jax.checkpoints.hub import PICKLES, conversion_hint
-from datencoder_jax.checkpoints.keys import Renamed
-from datencoder_jax.checkpoints.layouts import from_torch_layout
+from datencoder_jax.checkpoints.identity import Traits, trait
+from datencoder_jax.checkpoints.keys import Tensors, public
+from datencoder_jax.checkpoints.layouts import converted
+from datencoder_jax.checkpoints.refusals import PICKLES, conversion_hint
 from datencoder_jax.errors import UserError
+from datencoder_jax.typing import Params
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("", ".fp16", ".non_ema")
@@ -50,32 +54,69 @@ def describing(path: Path, what: str) -> Iterator[None]:
 
 
 def read_params(
-    folder: Path, abstract: dict[str, jax.ShapeDtypeStruct], *, dtype: str = "float32"
-) -> dict[str, np.ndarray]:
-    """The parameters of the component in `folder`, in Flax layouts, on the host.
+    folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, dtype: str = "float32", traits: Traits | None = None
+) -> Params:
+    """The parameters of the component in `folder`; see `place`.
 
     Of several weights files the plain one is taken, then `.fp16`, then `.non_ema`; a sharded file counts as one.
 
     Raises:
         UserError: no safetensors (pickles are refused), damaged files, or tensors that do not match `abstract`.
     """
-    files = _find(folder)
+    files = find_weights(folder)
     origin = str(files[0]) if len(files) == 1 else str(folder)
+    with opened(files, origin) as tensors:
+        return place(public(tensors, abstract, origin), abstract, dtype=dtype, origin=origin, traits=traits)
+
+
+def place(
+    tensors: Mapping[str, np.ndarray],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    dtype: str,
+    origin: str,
+    traits: Traits | None = None,
+) -> Params:
+    """Parameters on the default device, in Flax layouts, from tensors under public names.
+
+    One at a time: beside what is on the device, memory holds a single tensor.
+
+    Args:
+        tensors: in PyTorch layouts, of any float type.
+        abstract: the shapes wanted, as `abstract_params` gives them.
+        dtype: the stored type.
+        origin: what the error messages call the tensors.
+        traits: takes the traits of every parameter, by which the model is recognized.
+
+    Raises:
+        UserError: the tensors do not match `abstract`, or a value does not fit into `dtype`.
+    """
+    # bfloat16 comes last: the traits are of the values as they are in the file.
+    wide = "float32" if dtype == "bfloat16" else dtype
+    params = {}
+    for name, array in converted(tensors, abstract, dtype=wide, origin=origin):
+        if traits is not None:
+            traits[name] = trait(array)
+        params[name] = jax.device_put(array.astype(jnp.dtype(dtype), copy=False))
+    return params
+
+
+@contextmanager
+def opened(files: list[Path], origin: str) -> Iterator[Tensors]:
+    """The tensors of `files` under the files' own names.
+
+    Raises:
+        UserError: a file is missing or damaged, or a tensor is in two of them; `origin` is what it calls them all.
+    """
     with ExitStack() as stack:
-        source = {}
+        sources: dict[str, tuple[Path, Any]] = {}
         for path in files:
-            opened = stack.enter_context(open_tensors(path))
-            names = list(opened.keys())
-            for key in names:
-                if key in source:
-                    raise UserError(f"{origin}: {key} is in two of its files, {source[key][0].name} and {path.name}.")
-                source[key] = (path, opened)
-
-        def read(key: str) -> np.ndarray:
-            path, opened = source[key]
-            return read_tensor(path, opened, key)
-
-        return from_torch_layout(Renamed(source, read, abstract, origin), abstract, dtype=dtype, origin=origin)
+            file = stack.enter_context(open_tensors(path))
+            for key in list(file.keys()):
+                if key in sources:
+                    raise UserError(f"{origin}: {key} is in two of its files, {sources[key][0].name} and {path.name}.")
+                sources[key] = (path, file)
+        yield Tensors({key: functools.partial(read_tensor, *source, key) for key, source in sources.items()})
 
 
 @contextmanager
@@ -108,14 +149,20 @@ def _damage(path: Path, error: Exception) -> str:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`."
+    # What is in the Hugging Face cache is a link, and is downloaded again only when what it points to is gone.
+    again = f"delete {path.resolve()} and fetch it again" if path.is_symlink() else "fetch or write it again"
     if not start:
-        return f"{path} is empty; fetch or write it again."
+        return f"{path} is empty; {again}."
     detail = str(error).removeprefix("Error while deserializing header: ")
-    return f"{path} is damaged, cut short or not a safetensors file ({detail}); fetch or write it again."
+    return f"{path} is damaged, cut short or not a safetensors file ({detail}); {again}."
 
 
-def _find(folder: Path) -> list[Path]:
-    """The files of the weights to read, checked to exist."""
+def find_weights(folder: Path) -> list[Path]:
+    """The files of the weights of the component in `folder`, checked to exist.
+
+    Raises:
+        UserError: there are none, only pickles, or a shard is missing.
+    """
     for variant in _VARIANTS:
         for stem in _STEMS:
             whole = folder / f"{stem}{variant}.safetensors"

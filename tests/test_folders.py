@@ -1,154 +1,44 @@
-"""Weights in and out: what other programs write is read, what is written others read, and damage is refused."""
+"""Base models as folders: what other programs write is read, what is written others read, and damage is refused."""
 
 import json
 import resource
 import shutil
-import struct
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_helpers import equal, refuses
+from checkpoint_helpers import UNET, VAE, VISION, equal, models_of, random_model, refuses
 from safetensors.numpy import load_file, save_file
 
 from datencoder_jax import api
 from datencoder_jax.checkpoints import hub
 from datencoder_jax.checkpoints.components import COMPONENTS
-from datencoder_jax.checkpoints.folders import BaseParts, read_base, read_component, write_base, write_component
+from datencoder_jax.checkpoints.folders import read_base, write_base, write_component
 from datencoder_jax.checkpoints.identity import base_fingerprint
-from datencoder_jax.checkpoints.layouts import from_torch_layout, to_torch_layout
+from datencoder_jax.checkpoints.layouts import to_torch_layout
 from datencoder_jax.errors import UserError
-from datencoder_jax.models.clip_text import CLIPTextConfig
-from datencoder_jax.models.clip_vision import CLIPVisionConfig
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNetConfig
-from datencoder_jax.models.vae import VAEConfig
 from datencoder_jax.pipeline import read_pipeline
 from datencoder_jax.prompts import PROMPTS
 from datencoder_jax.toyworld.captions import DEFAULTS
-from datencoder_jax.toyworld.tokenizer import MAX_LENGTH, write_tokenizer
+from datencoder_jax.toyworld.tokenizer import MAX_LENGTH
 
 # Importing torch and its friends warns about Python's own future.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-BLOCKS = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-UNET = dict(
-    sample_size=8,
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    cross_attention_dim=12,
-    attention_head_dim=2,
-    norm_num_groups=4,
-    **BLOCKS,
-)
-VAE = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16}
-TOWER = {"intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 12}
-VISION = dict(**TOWER, hidden_size=8, image_size=16, patch_size=8)
-
-
-def random_model(kind, config, seed):
-    """Parameters drawn by numpy: compiling the initializers of this many shapes would take most of the tests' time."""
-    rng = np.random.default_rng(seed)
-    params = {name: 0.1 * rng.normal(size=x.shape).astype("f4") for name, x in abstract_params(kind, config).items()}
-    return Model(kind, config, jax.device_put(params))
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def text_options(tokenizer):
-    words = len(json.loads((tokenizer / "vocab.json").read_text()))
-    return dict(**TOWER, hidden_size=12, vocab_size=words, max_position_embeddings=MAX_LENGTH, eos_token_id=words - 1)
-
-
-@pytest.fixture(scope="session")
-def parts(tokenizer, text_options):
-    configs = {
-        "unet": UNetConfig(**UNET),
-        "vae": VAEConfig(**VAE),
-        "text_encoder": CLIPTextConfig(**text_options),
-        "image_encoder": CLIPVisionConfig(**VISION, with_projection=True),
-    }
-    models = {}
-    for i, (name, config) in enumerate(configs.items()):
-        kind = COMPONENTS[name].kind
-        models[name] = random_model(kind, config, i)
-    extractor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": 16}
-    scheduler = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
-    return BaseParts(**models, scheduler=scheduler, tokenizer=tokenizer, feature_extractor=extractor)
-
-
-@pytest.fixture(scope="session")
-def written(parts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("written") / "base"
-    write_base(folder, parts, dtype="float32")
-    return folder
-
-
-@pytest.fixture
-def base(written, tmp_path):
-    """A folder to damage."""
-    return Path(shutil.copytree(written, tmp_path / "base"))
-
-
-# --- layouts
-
-
-def test_layouts_are_inverse_and_tables_stay():
-    rng = np.random.default_rng(0)
-    torch_arrays = {
-        "a.weight": rng.normal(size=(3, 5)).astype(np.float32),
-        "conv.weight": rng.normal(size=(3, 5, 2, 4)).astype(np.float32),
-        "token_embedding.weight": rng.normal(size=(3, 5)).astype(np.float32),
-        "a.bias": rng.normal(size=3).astype(np.float32),
-    }
-    shapes = {"a.weight": (5, 3), "conv.weight": (2, 4, 5, 3), "token_embedding.weight": (3, 5), "a.bias": (3,)}
-    abstract = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    ours = from_torch_layout(torch_arrays, abstract)
-    np.testing.assert_array_equal(ours["conv.weight"][1, 2, 3, 0], torch_arrays["conv.weight"][0, 3, 1, 2])
-    assert all(a.flags.c_contiguous for a in ours.values())
-    back = to_torch_layout(ours, abstract)
-    assert all(a.flags.c_contiguous for a in back.values())
-    equal(back, torch_arrays)
-    half = {name: a.astype(ml_dtypes.bfloat16) for name, a in torch_arrays.items()}
-    equal(to_torch_layout(from_torch_layout(half, abstract), abstract, dtype="bfloat16"), half)
-
-
-def test_layouts_refuse_what_does_not_match():
-    abstract = {f"p{i}.weight": jax.ShapeDtypeStruct((2, 3), np.float32) for i in range(8)}
-    good = {name: np.zeros((3, 2), np.float32) for name in abstract}
-    message = refuses("8 missing", from_torch_layout, {}, abstract)
-    assert "p4" in message and "p5" not in message and "and 3 more" in message
-    refuses(r"1 unexpected \(odd\)", from_torch_layout, good | {"odd": np.zeros(1)}, abstract)
-    wrong = good | {"p3.weight": np.zeros((2, 3), np.float32)}
-    refuses(r"p3.weight is \[2, 3\] instead of \[3, 2\]", from_torch_layout, wrong, abstract)
-    refuses("1 parameter.*p3.weight", to_torch_layout, {n: a.T for n, a in wrong.items()}, abstract)
-    refuses("type int64", from_torch_layout, good | {"p3.weight": np.zeros((3, 2), np.int64)}, abstract)
-    large = {n: np.full((2, 3), 1e6, np.float32) for n in abstract}
-    refuses("too large for float16", to_torch_layout, large, abstract, dtype="float16")
-
-
-# --- folders of our own
+pytest_plugins = ("base_fixtures",)
 
 
 def test_base_round_trip(parts, written):
     read = read_base(written)
-    for name in COMPONENTS:
-        equal(getattr(read, name).params, getattr(parts, name).params)
-        assert getattr(read, name).config == getattr(parts, name).config
+    assert models_of(read).keys() == models_of(parts).keys()
+    for name, model in models_of(parts).items():
+        equal(getattr(read, name).params, model.params)
+        assert getattr(read, name).config == model.config
     assert read.scheduler["beta_schedule"] == "scaled_linear" and read.feature_extractor == parts.feature_extractor
     assert read.fingerprint == base_fingerprint(parts.unet.params, parts.text_encoder.params)
 
@@ -163,17 +53,6 @@ def test_full_disk_leaves_no_folder(parts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_round_trip(parts, tmp_path, dtype):
-    write_component(tmp_path / "unet", parts.unet, dtype=dtype)
-    component = COMPONENTS["unet"]
-    read = read_component(tmp_path, "unet", component.kind, component.config_class)
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
-    equal(read.params, {n: np.asarray(v).astype(kind).astype(np.float32) for n, v in parts.unet.params.items()})
-    again = read_component(tmp_path, "unet", component.kind, component.config_class, dtype=dtype)
-    assert {v.dtype for v in again.params.values()} == {np.dtype(kind)}
-
-
 def test_fingerprint_tells_models_apart_and_precisions_not(parts, written, tmp_path):
     write_base(tmp_path / "half", parts, dtype="float16")
     full = read_base(written).fingerprint
@@ -181,9 +60,6 @@ def test_fingerprint_tells_models_apart_and_precisions_not(parts, written, tmp_p
     assert read_base(tmp_path / "half", dtype="bfloat16").fingerprint == full
     other = parts.unet.params | {"conv_in.bias": parts.unet.params["conv_in.bias"] + 0.01}
     assert base_fingerprint(other, parts.text_encoder.params) != full
-
-
-# --- stock diffusers and transformers
 
 
 def test_stock_pipeline_loads_what_we_write(parts, written, tmp_path):
@@ -194,9 +70,8 @@ def test_stock_pipeline_loads_what_we_write(parts, written, tmp_path):
     StableDiffusionPipeline.from_pretrained(tmp_path / "half", local_files_only=True)
     pipe = StableDiffusionPipeline.from_pretrained(written, local_files_only=True)
     assert type(pipe.image_encoder).__name__ == "CLIPVisionModelWithProjection" and pipe.feature_extractor is not None
-    for name, component in COMPONENTS.items():
-        model = getattr(parts, name)
-        wanted = to_torch_layout(model.params, abstract_params(component.kind, model.config))
+    for name, model in models_of(parts).items():
+        wanted = to_torch_layout(model.params, abstract_params(model.kind, model.config))
         found = {key: value.numpy() for key, value in getattr(pipe, name).state_dict().items()}
         if name == "text_encoder":
             found = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in found.items()}
@@ -291,42 +166,10 @@ def test_names_of_other_times(base, parts):
     eyes = base / "image_encoder" / "model.safetensors"
     save_file({key.removeprefix("vision_model."): value for key, value in load_file(eyes).items()}, eyes)
     read = read_base(base)
-    for name in COMPONENTS:
-        equal(getattr(read, name).params, getattr(parts, name).params)
+    for name, model in models_of(parts).items():
+        equal(getattr(read, name).params, model.params)
     save_file(bare | {"text_model.final_layer_norm.bias": bare["final_layer_norm.bias"]}, text)
     refuses("two names of one parameter", read_base, base)
-
-
-def test_variants_and_shards(base, parts):
-    unet = base / "unet"
-    plain, stem = unet / "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model"
-    arrays = load_file(plain)
-    save_file({k: np.zeros_like(v) for k, v in arrays.items()}, unet / f"{stem}.non_ema.safetensors")
-    save_file({k: v.astype(np.float16) for k, v in arrays.items()}, unet / f"{stem}.fp16.safetensors")
-
-    def read():
-        return read_component(base, "unet", COMPONENTS["unet"].kind, UNetConfig).params
-
-    equal(read(), parts.unet.params)
-    plain.unlink()
-    equal(read(), {k: np.asarray(v).astype(np.float16).astype(np.float32) for k, v in parts.unet.params.items()})
-    (unet / f"{stem}.fp16.safetensors").unlink()
-    assert not any(np.any(v) for v in read().values())
-
-    names = sorted(arrays)
-    shards = {f"{stem}-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    for file, keys in shards.items():
-        save_file({key: arrays[key] for key in keys}, unet / file)
-    index = unet / f"{stem}.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {key: file for file, keys in shards.items() for key in keys}}))
-    equal(read(), parts.unet.params)
-    (unet / file).unlink()
-    refuses("00002-of-00002.safetensors, which is missing", read)
-    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
-    refuses("not a file of its own folder", read)
-
-
-# --- refusals of damaged folders
 
 
 def test_folders_that_are_none(tmp_path, base):
@@ -346,8 +189,8 @@ def test_folders_that_are_none(tmp_path, base):
     refuses("tokenizer holds neither", read_base, base)
     shutil.rmtree(base / "scheduler")
     refuses("lacks the folder scheduler", read_base, base)
-    (base / "model_index.json").write_text('{"text_encoder_2": ["transformers", "X"]}')
-    refuses("has a text_encoder_2", read_base, base)
+    (base / "model_index.json").write_text('{"transformer": ["diffusers", "X"]}')
+    refuses("has a transformer", read_base, base)
     (base / "model_index.json").unlink()
     refuses("no model_index.json", read_base, base)
 
@@ -409,9 +252,6 @@ def test_an_encoder_needs_a_vision_tower(parts, tmp_path):
         api.load(tmp_path / "blind", encoder=tmp_path / "none")
 
 
-# --- what a model says of itself
-
-
 def test_defaults_of_a_model(parts, written, tmp_path):
     found = read_pipeline(written, "plain")
     assert found.guidance == 7.5 and found.prompts == PROMPTS and not (written / "datencoder.json").exists()
@@ -423,76 +263,3 @@ def test_defaults_of_a_model(parts, written, tmp_path):
     assert half.guidance == 3 and half.prompts == PROMPTS
     embedded = json.loads((hub.resolve_base("toyworld") / "datencoder.json").read_text())
     assert embedded == DEFAULTS
-
-
-def test_pickles_are_refused(base):
-    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-    refuses("only pickled weights .*python -c", read_base, base)
-    weights.with_suffix(".bin").unlink()
-    refuses("holds no weights", read_base, base)
-
-
-def test_damaged_weights_name_the_file(base):
-    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
-    whole = weights.read_bytes()
-    for content, reason in [
-        (whole[:-8], "cut short"),
-        (whole[:100], "cut short"),
-        (b"", "empty"),
-        (struct.pack("<Q", 2**40) + b"x" * 50, "damaged"),
-        (b"<!DOCTYPE html><html>not found</html>", "damaged"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-    ]:
-        weights.write_bytes(content)
-        message = refuses(reason, read_base, base)
-        assert str(weights) in message
-    arrays = {"a": np.zeros(3, np.float32)}
-    save_file(arrays, weights)
-    refuses(r"diffusion_pytorch_model.safetensors: .*missing \(conv_in.bias.* and 1 unexpected \(a\)", read_base, base)
-
-
-def test_wrong_shapes_and_types_in_a_file(base):
-    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
-    arrays = load_file(weights)
-    save_file(arrays | {"conv_in.weight": np.zeros((8, 9, 3, 3), np.float32)}, weights)
-    refuses(r"conv_in.weight is \[8, 9, 3, 3\] instead of \[8, 4, 3, 3\]", read_base, base)
-    save_file(arrays | {"conv_in.bias": np.zeros(8, np.int8)}, weights)
-    refuses("conv_in.bias is of type I8", read_base, base)
-
-
-# --- names of base models
-
-
-def test_resolve_base(tmp_path, monkeypatch):
-    assert hub.resolve_base(tmp_path) == tmp_path
-    assert hub.resolve_base("toyworld").parts[-2:] == ("assets", "toyworld")
-    refuses("There is no folder", hub.resolve_base, tmp_path / "none")
-    refuses("home folder that is not known", hub.resolve_base, "~nosuchuser/x")
-    (tmp_path / "sd.ckpt").write_text("")
-    refuses("from_single_file", hub.resolve_base, tmp_path / "sd.ckpt")
-    refuses("gone .*use stable-diffusion-v1-5/", hub.resolve_base, "runwayml/stable-diffusion-v1-5")
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
-    refuses("cannot be reached .no route", hub.resolve_base, "nobody-at-all/nothing-here")
-
-
-def test_download_takes_one_set_of_weights():
-    files = ["model_index.json", "v1-5-pruned.safetensors", "README.md", "tokenizer/vocab.json", "tokenizer/merges.txt"]
-    files += ["scheduler/scheduler_config.json", "safety_checker/model.safetensors", "unet/config.json"]
-    files += [f"unet/diffusion_pytorch_model{v}" for v in (".bin", ".safetensors", ".fp16.safetensors")]
-    files += ["unet/diffusion_pytorch_model.non_ema.safetensors", "vae/config.json"]
-    files += ["vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.safetensors", "datencoder.json"]
-    wanted = set(hub.choose_files(files, "a/b"))
-    assert wanted == {
-        "model_index.json",
-        "datencoder.json",
-        "tokenizer/vocab.json",
-        "tokenizer/merges.txt",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-    }
-    refuses("only pickled", hub.choose_files, [f for f in files if "vae" not in f or ".bin" in f], "a/b")
-    refuses("not in diffusers format", hub.choose_files, ["model.safetensors"], "a/b")

@@ -1,0 +1,113 @@
+"""The names of tensors in a checkpoint of one file, as diffusers and transformers name them.
+
+The UNet's blocks are numbered through, `input_blocks.<n>` and `output_blocks.<n>`: with `L` residual blocks per level,
+down level `l` is `n = 1 + l (L + 1) ..` with the downsampler last, and up level `l` is `n = l (L + 1) ..` with the
+upsampler in its last entry. The VAE's decoder numbers its levels from the pictures' side.
+"""
+
+import re
+from collections.abc import Callable, Collection
+
+from datencoder_jax.checkpoints.keys import Tensors
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_OUTSIDE = {
+    "input_blocks.0.0": "conv_in",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+    "middle_block.1": "mid_block.attentions.0",
+}
+_BLOCK = re.compile(r"^(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)$")
+_MIDDLE = re.compile(r"^middle_block\.(0|2)\.(.+)$")
+_DOWNSAMPLER = re.compile(r"^input_blocks\.(\d+)\.0\.op\.")
+
+_VAE_RULES = [
+    (re.compile(rf"^(encoder|decoder)\.{before}"), rf"\1.{after}")
+    for before, after in (
+        (r"mid\.block_1\.", "mid_block.resnets.0."),
+        (r"mid\.block_2\.", "mid_block.resnets.1."),
+        (r"mid\.attn_1\.", "mid_block.attentions.0."),
+        (r"norm_out\.", "conv_norm_out."),
+        (r"down\.(\d+)\.block\.(\d+)\.", r"down_blocks.\2.resnets.\3."),
+        (r"down\.(\d+)\.downsample\.", r"down_blocks.\2.downsamplers.0."),
+        (r"up\.(\d+)\.block\.(\d+)\.", r"up_blocks.\2.resnets.\3."),
+        (r"up\.(\d+)\.upsample\.", r"up_blocks.\2.upsamplers.0."),
+    )
+]
+_UP = re.compile(r"^decoder\.up\.(\d+)\.")
+_UP_LEVEL = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
+_LAYER = re.compile(r"^text_model\.encoder\.layers\.(\d+)\.")
+
+
+def unet_names(keys: Collection[str]) -> Callable[[str], str]:
+    """The renaming of a UNet's tensors, of which `keys` are all; an unknown one keeps its name."""
+    downsamplers = [int(match[1]) for match in map(_DOWNSAMPLER.match, keys) if match]
+    entries = min(downsamplers, default=len(keys))  # of one level: its residual blocks and the downsampler
+
+    def rename(key: str) -> str:
+        for before, after in _OUTSIDE.items():
+            if key.startswith(f"{before}."):
+                return after + key.removeprefix(before)
+        if match := _MIDDLE.match(key):
+            return f"mid_block.resnets.{int(match[1]) // 2}.{_resnet(match[2])}"
+        if not (match := _BLOCK.match(key)):
+            return key
+        side, place, layer, rest = match[1], int(match[2]), int(match[3]), match[4]
+        path = "down_blocks" if side == "input_blocks" else "up_blocks"
+        level, index = divmod(place - 1 if side == "input_blocks" else place, entries)
+        if rest.startswith("op."):
+            return f"{path}.{level}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+        if rest.startswith("conv."):
+            return f"{path}.{level}.upsamplers.0.{rest}"
+        if layer == 0:
+            return f"{path}.{level}.resnets.{index}.{_resnet(rest)}"
+        return f"{path}.{level}.attentions.{index}.{rest}"
+
+    return rename
+
+
+def _resnet(rest: str) -> str:
+    layer, _, leaf = rest.rpartition(".")
+    return f"{_RESNET.get(layer, layer)}.{leaf}"
+
+
+def vae_names(keys: Collection[str]) -> Callable[[str], str]:
+    """The renaming of a VAE's tensors, of which `keys` are all; an unknown one keeps its name."""
+    last = max((int(match[1]) for match in map(_UP.match, keys) if match), default=0)
+
+    def rename(key: str) -> str:
+        for before, after in _VAE_RULES:
+            key = before.sub(after, key)
+        key = _UP_LEVEL.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", key)
+        return key.replace(".nin_shortcut.", ".conv_shortcut.")
+
+    return rename
+
+
+def text_name(key: str) -> str:
+    """A tensor of CLIP's text tower: some files leave out the first part of the name."""
+    return key if key.startswith("text_model.") else f"text_model.{key}"
+
+
+def without_last_layer(tower: Tensors) -> Tensors:
+    """Stable Diffusion 2's text tower: its UNet attends to the states before the last layer, and nothing is projected.
+
+    Files that were written from a diffusers folder lack that layer already, and the projection with it.
+    """
+    readers = dict(tower.readers)
+    if readers.pop("text_projection.weight", None) is not None:
+        numbers = {key: int(match[1]) for key in readers if (match := _LAYER.match(key))}
+        last = max(numbers.values(), default=0)
+        readers = {key: read for key, read in readers.items() if numbers.get(key) != last}
+    return Tensors(readers)
