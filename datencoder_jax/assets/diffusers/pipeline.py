@@ -1,0 +1,206 @@
+"""A personalized concept in diffusers, drawn along two paths.
+
+    pipe = DiffusionPipeline.from_pretrained("<base>", custom_pipeline="<this folder>", trust_remote_code=True)
+    pipe.load_concept("<this folder>/concept.safetensors")
+    pipe("a photo of a S* on the beach").images[0]
+
+The soft path reads the prompt with the concept's token vectors in the placeholder's place and has its weight offsets
+`dW = A B` on; the hard path reads the prompt with a common word in that place and is the base model as it is. Every
+attention layer, with weights `W`, input `h` and contexts `c` (soft) and `c'` (hard; both are `h` in self-attention),
+blends the two:
+
+    soft = softmax(q k^T / sqrt(d)) v,    q = h (W_q + dW_q),  k = c (W_k + dW_k),  v = c (W_v + dW_v)
+    hard = softmax(q' k'^T / sqrt(d)) v', q' = h W_q,          k' = c' W_k,         v' = c' W_v
+    out  = alpha soft (W_o + dW_o) + (1 - alpha) hard W_o + b
+
+The negative prompt goes along both paths too. Dual-path adaptation is section 4 of arXiv 2307.06925.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+from safetensors import safe_open
+from torch import nn
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Concept(NamedTuple):
+    """The placeholder, the hard path's word, the weight of the soft path, and token vectors `[n, d]`."""
+
+    token: str
+    word: str
+    blend: float
+    vectors: torch.Tensor
+
+    @property
+    def placeholder(self):
+        """Its pattern in a prompt: where it begins or ends with a letter, no letter may be beside it."""
+        before, after = (r"\b" if re.match(r"\w", edge) else "" for edge in (self.token[0], self.token[-1]))
+        return re.compile(f"{before}{re.escape(self.token)}{after}")
+
+    def in_words(self, prompt):
+        """The hard path's prompt."""
+        return self.placeholder.sub(lambda _: self.word, prompt)
+
+
+class DualPathAttention(nn.Module):
+    """The attention processor of one layer; `offsets` are (down [in, rank], up [rank, out]) by projection."""
+
+    def __init__(self, offsets):
+        super().__init__()
+        self.changed = tuple(offsets)
+        for name, (down, up) in offsets.items():
+            # Buffers follow the model to its device and type; they are no part of its weights.
+            self.register_buffer(f"{name.split('.')[0]}_down", down, persistent=False)
+            self.register_buffer(f"{name.split('.')[0]}_up", up, persistent=False)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, hard=None, blend=1.0):
+        h = hidden_states
+        soft_context, hard_context = (h, h) if encoder_hidden_states is None else (encoder_hidden_states, hard)
+        q, k, v = attn.to_q(h), attn.to_k(soft_context), attn.to_v(soft_context)
+        soft = self._attend(
+            attn,
+            q + self._offset("to_q", h),
+            k + self._offset("to_k", soft_context),
+            v + self._offset("to_v", soft_context),
+        )
+        mixed = soft
+        if hard is not None:
+            if hard_context is not soft_context:
+                k, v = attn.to_k(hard_context), attn.to_v(hard_context)
+            soft = blend * soft
+            mixed = soft + (1 - blend) * self._attend(attn, q, k, v)
+        return attn.to_out[1](attn.to_out[0](mixed) + self._offset("to_out.0", soft))
+
+    def _offset(self, name, x):
+        if name not in self.changed:
+            return 0
+        down, up = (getattr(self, f"{name.split('.')[0]}_{part}").to(x.device, x.dtype) for part in ("down", "up"))
+        return (x @ down) @ up
+
+    @staticmethod
+    def _attend(attn, q, k, v):
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class DualPathPipeline(StableDiffusionPipeline):
+    """Stable Diffusion 1.x and 2.x with one concept; until one is loaded, the plain pipeline."""
+
+    concept: Concept | None = None
+
+    def load_concept(self, path):
+        """Takes the concept in the file `path`, instead of any it has.
+
+        Raises:
+            ValueError: the file is no concept file, or the base model is another than it was made for.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            values = dict(file.metadata() or {})
+            if values.get("format") != "datencoder-concept":
+                raise ValueError(f"{path} is not a concept file.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        vectors = tensors.pop("embeddings")
+        width = self.text_encoder.get_input_embeddings().embedding_dim
+        if vectors.shape[1] != width:
+            raise ValueError(f"{path} was made for token vectors of {vectors.shape[1]}; this model's are of {width}.")
+        self.unet.set_attn_processor(self._processors(path, tensors))
+        self.concept = Concept(values["token"], values["nearest_word"], float(values["blend"]), vectors)
+
+    def _processors(self, path, tensors):
+        """A processor for each attention layer, with all the offsets in `tensors` shared out among them."""
+        left, processors = set(tensors), {}
+        for name in self.unet.attn_processors:
+            owner, offsets = name.removesuffix(".processor"), {}
+            layer = self.unet.get_submodule(owner)
+            for projection in _PROJECTIONS:
+                keys = [f"offsets.{owner}.{projection}.{part}" for part in ("down", "up")]
+                if keys[0] not in tensors:
+                    continue
+                down, up = (tensors[key] for key in keys)
+                linear = layer.get_submodule(projection)
+                if (down.shape[0], up.shape[1]) != (linear.in_features, linear.out_features):
+                    raise ValueError(f"{path} was made for another base model: {owner}.{projection} differs in shape.")
+                offsets[projection] = (down.to(linear.weight), up.to(linear.weight))
+                left -= set(keys)
+            processors[name] = DualPathAttention(offsets)
+        if left:
+            raise ValueError(f"{path} was made for another base model: it changes {min(left)}, which is not there.")
+        return processors
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt,
+        *,
+        negative_prompt=None,
+        num_images_per_prompt=1,
+        guidance_scale=7.5,
+        blend=None,
+        **options,
+    ):
+        """As `StableDiffusionPipeline`; every prompt has to contain the concept's token.
+
+        Args:
+            blend: the weight of the soft path from 0 to 1; by default the concept's own.
+        """
+        options |= {"num_images_per_prompt": num_images_per_prompt, "guidance_scale": guidance_scale}
+        concept = self.concept
+        if concept is None:
+            return super().__call__(prompt, negative_prompt=negative_prompt, **options)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = negative_prompt if isinstance(negative_prompt, list | tuple) else [negative_prompt or ""]
+        soft = self._states([self._soft_ids(text, concept) for text in prompts], concept.vectors)
+        hard = self._states([self._ids(concept.in_words(text)) for text in prompts])
+        negative = self._states([self._ids(text) for text in negatives]).expand(len(prompts), -1, -1)
+        both = [negative, hard] if guidance_scale > 1 else [hard]  # as the plain pipeline joins its halves
+        paths = {
+            "hard": torch.cat([states.repeat_interleave(num_images_per_prompt, dim=0) for states in both]),
+            "blend": concept.blend if blend is None else blend,
+        }
+        return super().__call__(
+            prompt_embeds=soft, negative_prompt_embeds=negative, cross_attention_kwargs=paths, **options
+        )
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _soft_ids(self, prompt, concept):
+        """Token ids; those past the vocabulary stand for the concept's vectors."""
+        size = self.text_encoder.get_input_embeddings().num_embeddings
+        first, *others = concept.placeholder.split(prompt)
+        ids = self._ids(first)
+        for part in others:
+            ids += [*range(size, size + len(concept.vectors)), *self._ids(part)]
+        if max(ids[: self._room], default=0) < size:
+            raise ValueError(f"The prompt {prompt!r} does not contain {concept.token!r} (or too far from its start).")
+        return ids
+
+    @property
+    def _room(self):
+        """Tokens of a prompt between the marks of its start and end."""
+        return self.text_encoder.config.max_position_embeddings - 2
+
+    def _states(self, prompts, vectors=None):
+        """Text states of prompts given by their ids, cut or padded to the text encoder's length."""
+        words, room, device = self.tokenizer, self._room, self._execution_device
+        rows = [[words.bos_token_id, *ids[:room], words.eos_token_id] for ids in prompts]
+        ids = torch.tensor([row + [words.pad_token_id] * (room + 2 - len(row)) for row in rows], device=device)
+        table = self.text_encoder.get_input_embeddings()
+        past = ids >= table.num_embeddings
+
+        def splice(module, inputs, output):
+            if vectors is None:
+                return output
+            output = output.clone()
+            output[past] = vectors.to(output)[ids[past] - table.num_embeddings]
+            return output
+
+        hook = table.register_forward_hook(splice)
+        try:
+            return self.text_encoder(ids.masked_fill(past, 0))[0].to(self.unet.dtype)
+        finally:
+            hook.remove()

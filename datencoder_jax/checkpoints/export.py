@@ -1,0 +1,211 @@
+"""A concept as the files that other programs load.
+
+diffusers   concept.safetensors, pipeline.py          both paths
+            pytorch_lora_weights.safetensors,         the soft path alone
+            learned_embeds.safetensors
+kohya       <name>.safetensors                        LoRA for ComfyUI, Forge, A1111
+embedding   <name>_emb.safetensors                    token vectors for the same
+card        README.md, samples.png                    model card
+"""
+
+import base64
+import datetime
+import re
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from datencoder_jax.checkpoints import embedding_files, lora_files
+from datencoder_jax.checkpoints.atomic import atomic_write, flush, flush_folder, save_tensors
+from datencoder_jax.checkpoints.concept_file import save_concept
+from datencoder_jax.checkpoints.embedding_files import diffusers_token, embedding_tensors
+from datencoder_jax.checkpoints.lora_files import diffusers_tensors, kohya_tensors
+from datencoder_jax.checkpoints.model_card import model_card
+from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.errors import UserError
+from datencoder_jax.typing import Concept
+
+KINDS = ("diffusers", "kohya", "embedding", "card")
+
+_PIPELINE = Path(__file__).parent.parent / "assets" / "diffusers" / "pipeline.py"
+_NAME = re.compile(r"^\w[\w.-]*$", re.ASCII)
+_TAKEN = ("concept", "learned_embeds", "pytorch_lora_weights")
+_PT = {"format": "pt"}
+
+
+class Target(NamedTuple):
+    """What other programs need to know of the base model.
+
+    Attributes:
+        widths: the width of each text encoder's token vectors.
+        resolution: side of its pictures in pixels.
+        prediction: "epsilon" or "v_prediction".
+    """
+
+    widths: tuple[int, ...]
+    resolution: int
+    prediction: str = "epsilon"
+
+
+class _Family(NamedTuple):
+    architecture: str
+    version: str
+
+
+_FAMILIES = {
+    ((768,), "epsilon"): _Family("stable-diffusion-v1", "sd_v1"),
+    ((1024,), "epsilon"): _Family("stable-diffusion-v2-512", "sd_v2"),
+    ((1024,), "v_prediction"): _Family("stable-diffusion-v2-768-v", "sd_v2_v"),
+    ((768, 1280), "epsilon"): _Family("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+}
+
+
+def export_concept(
+    folder: str | Path,
+    concept: Concept,
+    target: Target,
+    *,
+    name: str,
+    kinds: Collection[str] = KINDS,
+    sheet: bytes | None = None,
+    thumbnail: bytes | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[str]:
+    """Writes a concept's files into `folder`, all of them or none; other files there stay.
+
+    Args:
+        folder: where to; made if it is missing.
+        target: of the concept's base model.
+        name: what the files for user interfaces are called, and the words that prompts there contain.
+        kinds: which of `KINDS` to write. Of a concept without weight offsets there are no LoRA files.
+        sheet: a PNG of samples, for the card.
+        thumbnail: a small PNG or JPEG, which goes into the LoRA file for user interfaces.
+        scores: of the concept for the card: numbers by their names, by path ("dual path", "soft path").
+
+    Returns:
+        The names of the files written.
+
+    Raises:
+        UserError: an unknown kind, a bad name, nothing to write, or the folder cannot be written.
+    """
+    writers = _writers(concept, target, name, set(kinds), thumbnail)
+    if "card" in kinds:
+        files = [*writers, *(["samples.png"] if sheet else [])]
+        card = model_card(concept, name=name, files=files, encoders=len(target.widths), scores=scores)
+        writers["README.md"] = partial(_write_text, text=card)
+        if sheet:
+            writers["samples.png"] = partial(_write_bytes, content=sheet)
+    if not writers:
+        raise UserError(f"{concept.token} has no weight offsets, so there is no LoRA to write; export its embedding.")
+    _write_all(expand_user(folder), writers)
+    return list(writers)
+
+
+_Writer = Callable[[Path], object]
+
+
+def _writers(
+    concept: Concept, target: Target, name: str, kinds: set[str], thumbnail: bytes | None
+) -> dict[str, _Writer]:
+    """What writes each file but those of the card, given the path to write at."""
+    unknown = sorted(kinds - set(KINDS))
+    if unknown or not kinds:
+        raise UserError(f"{', '.join(unknown) or 'Nothing'} cannot be exported; choose among {', '.join(KINDS)}.")
+    if not _NAME.match(name) or name in _TAKEN:
+        raise UserError(f"{name!r} cannot name the exported files; use letters, digits, - and _, such as my-cat.")
+    writers: dict[str, _Writer] = {}
+
+    def tensors(file: str, arrays, metadata: dict[str, str]):
+        writers[file] = partial(save_tensors, arrays=arrays, metadata=metadata)
+
+    if "diffusers" in kinds:
+        writers["concept.safetensors"] = partial(save_concept, concept=concept)
+        if concept.offsets:
+            tensors(lora_files.DIFFUSERS_FILE, diffusers_tensors(concept.offsets), _PT)
+        token = diffusers_token(concept.token, len(concept.embeddings))
+        vectors = embedding_tensors(concept.embeddings, target.widths, token)
+        tensors(embedding_files.DIFFUSERS_FILE, vectors, _PT)
+        writers["pipeline.py"] = partial(_write_text, text=_PIPELINE.read_text("utf-8"))
+    if "kohya" in kinds and concept.offsets:
+        metadata = _PT | _training_metadata(concept, target, name) | _model_spec(concept, target, name, "lora")
+        if thumbnail:
+            metadata["modelspec.thumbnail"] = _data_uri(thumbnail)
+        tensors(f"{name}.safetensors", kohya_tensors(concept.offsets), metadata)
+    if "embedding" in kinds:
+        vectors = embedding_tensors(concept.embeddings, target.widths, embedding_files.PARAMS)
+        metadata = _PT | _model_spec(concept, target, f"{name}_emb", "textual-inversion")
+        tensors(f"{name}_emb.safetensors", vectors, metadata)
+    return writers
+
+
+def _training_metadata(concept: Concept, target: Target, name: str) -> dict[str, str]:
+    """kohya's own keys, by which A1111 and Forge tell what a LoRA is for."""
+    ranks = sorted({offset.down.shape[1] for offset in concept.offsets.values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+    return {
+        "ss_output_name": name,
+        "ss_sd_model_name": concept.base,
+        "ss_base_model_version": _family(target).version,
+        "ss_v2": str(target.widths == (1024,)),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_resolution": f"({target.resolution}, {target.resolution})",
+    }
+
+
+def _model_spec(concept: Concept, target: Target, title: str, adapter: str) -> dict[str, str]:
+    """The keys of Stability AI's ModelSpec 1.0.1."""
+    word = f"{title.removesuffix('_emb')}_emb"
+    values = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{_family(target).architecture}/{adapter}",
+        "implementation": "diffusers",
+        "title": title,
+        "resolution": f"{target.resolution}x{target.resolution}",
+        "description": f"A personalized concept near to {concept.nearest_word!r}: its soft path.",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "usage_hint": f"Load the LoRA and the embedding {word} together and write {word} where the concept belongs.",
+        "trigger_phrase": word,
+        "tags": "personalization",
+        "prediction_type": "v" if target.prediction == "v_prediction" else "epsilon",
+    }
+    return {f"modelspec.{key}": value for key, value in values.items()}
+
+
+def _family(target: Target) -> _Family:
+    return _FAMILIES.get((target.widths, target.prediction), _Family("custom", "unknown"))
+
+
+def _data_uri(picture: bytes) -> str:
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _write_all(folder: Path, writers: Mapping[str, _Writer]) -> None:
+    """Writes every file under a temporary name, and only when all are on the disk gives them their own."""
+    new = not folder.exists()
+    try:
+        with ExitStack() as renames:
+            for name, write in writers.items():
+                temporary = renames.enter_context(atomic_write(folder / name, flushed=True))
+                if (folder / name).is_dir():  # an empty one, which would show only when the file is renamed
+                    raise UserError(f"Cannot write {folder / name}: a folder is in the way; choose another place.")
+                write(temporary)
+                flush(temporary)
+        flush_folder(folder)
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it stays if it holds something
+                folder.rmdir()
+        raise

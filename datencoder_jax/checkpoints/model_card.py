@@ -1,0 +1,148 @@
+"""The model card of an exported concept: what it is, its pictures and scores, and how other programs use it."""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+
+from datencoder_jax.checkpoints.embedding_files import diffusers_token
+from datencoder_jax.typing import Concept
+
+_REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+
+_DUAL_PATH = """## diffusers, exactly as it was tuned
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base}, custom_pipeline="<this folder>", trust_remote_code=True)
+pipe.load_concept("<this folder>/concept.safetensors")
+pipe({prompt}).images[0].save("picture.png")
+```
+"""
+
+_PLAIN = """## diffusers, soft path alone
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base})
+{lora}{embedding}
+pipe({plain_prompt}).images[0].save("picture.png")
+```
+"""
+
+_LOAD_LORA = 'pipe.load_lora_weights("<this folder>", weight_name="pytorch_lora_weights.safetensors")\n'
+_LOAD_ONE = 'pipe.load_textual_inversion("<this folder>/learned_embeds.safetensors")'
+_LOAD_TWO = """
+from safetensors.torch import load_file
+
+vectors = load_file("<this folder>/learned_embeds.safetensors")
+for part, encoder, words in (
+    ("clip_l", pipe.text_encoder, pipe.tokenizer),
+    ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+):
+    pipe.load_textual_inversion(vectors[part], token={token}, text_encoder=encoder, tokenizer=words)"""
+
+_INTERFACES = """## ComfyUI
+
+Put {embedding} into `models/embeddings`{lora_place} Prompt: `a photo of a embedding:{name}_emb on the beach`{lora_node}
+
+## A1111, Forge
+
+Put {embedding} into `embeddings`{lora_folder} Prompt: `a photo of a {name}_emb on the beach{lora_tag}`
+"""
+
+
+def model_card(
+    concept: Concept,
+    *,
+    name: str,
+    files: Collection[str],
+    encoders: int,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
+    """The text of `README.md`, with the front matter of a Hugging Face model card.
+
+    Args:
+        name: what the files for user interfaces are called.
+        files: names of the exported files; only what can be done with them is told.
+        encoders: how many text encoders the base model has.
+        scores: numbers by their names, by path ("dual path", "soft path").
+    """
+    prompt, plain = f"a photo of a {concept.token}", diffusers_token(concept.token, len(concept.embeddings))
+    values = {
+        "base": _quoted(concept.base),
+        "prompt": _quoted(f"{prompt} on the beach"),
+        "plain_prompt": _quoted(f"a photo of a {plain} on the beach"),
+        "token": _quoted(plain),
+        "name": name,
+    }
+    sections = [_front_matter(concept, prompt, files, encoders), _introduction(concept, name, files)]
+    if scores:
+        sections.append(_table(scores))
+    if "pipeline.py" in files:
+        sections.append(_DUAL_PATH.format(**values))
+    if "learned_embeds.safetensors" in files:
+        lora = _LOAD_LORA if "pytorch_lora_weights.safetensors" in files else ""
+        embedding = (_LOAD_ONE if encoders == 1 else _LOAD_TWO).format(**values)
+        sections.append(_PLAIN.format(**values, lora=lora, embedding=embedding))
+    if f"{name}_emb.safetensors" in files:
+        sections.append(_interfaces(name, f"{name}.safetensors" in files))
+    return "\n".join(sections)
+
+
+def _front_matter(concept: Concept, prompt: str, files: Collection[str], encoders: int) -> str:
+    family = "stable-diffusion" if encoders == 1 else "stable-diffusion-xl"
+    lora = ["lora"] if concept.offsets else []
+    quoted = _quoted(prompt)
+    lines = ["---"]
+    if _REPOSITORY.match(concept.base):  # anything else is a place on the machine it was made on
+        lines.append(f"base_model: {concept.base}")
+    lines += ["library_name: diffusers", "tags:"]
+    lines += [f"- {tag}" for tag in ("text-to-image", family, "diffusers", *lora, "textual-inversion")]
+    lines += [f"instance_prompt: {quoted}", "widget:", f"- text: {quoted}"]
+    if "samples.png" in files:
+        lines += ["  output:", "    url: samples.png"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _introduction(concept: Concept, name: str, files: Collection[str]) -> str:
+    made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(concept.metadata.items()))
+    picture = "\n![Samples](samples.png)\n" if "samples.png" in files else ""
+    return f"""# {name}
+
+A concept of one particular thing, for text-to-image models on {concept.base} (weights {concept.fingerprint[:8]}).
+In prompts it is `{concept.token}`; the common word nearest to it is "{concept.nearest_word}".
+{picture}
+Made with: {made or "settings that were not kept"}.
+
+The concept is drawn along two paths, which every attention layer blends: {concept.blend:g} of the soft path, which has
+the concept, and {1 - concept.blend:g} of the hard path, the base model reading "{concept.nearest_word}". The two
+together are not a change of weights, so LoRA and embedding files hold the soft path alone, and that is what user
+interfaces, and diffusers without `pipeline.py`, draw.
+"""
+
+
+def _quoted(text: str) -> str:
+    """`text` as a string of Python, JSON and YAML."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    names = list(dict.fromkeys(name for row in scores.values() for name in row))
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for path, row in scores.items():
+        cells = (f"{row[name]:.3f}" if name in row else "" for name in names)
+        lines.append(f"| {path} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _interfaces(name: str, lora: bool) -> str:
+    return _INTERFACES.format(
+        name=name,
+        embedding=f"`{name}_emb.safetensors`",
+        lora_place=f" and `{name}.safetensors` into `models/loras`." if lora else ".",
+        lora_node=", after a Load LoRA node of strength 1." if lora else ".",
+        lora_folder=f" and `{name}.safetensors` into `models/Lora`." if lora else ".",
+        lora_tag=f" <lora:{name}:1>" if lora else "",
+    )

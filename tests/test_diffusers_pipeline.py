@@ -1,0 +1,124 @@
+"""The exported pipeline for diffusers draws what our own sampling draws."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from export_helpers import TARGET, draw_offsets, nchw, nhwc, tiny_concept
+from tiny import write_tiny_base
+
+from datencoder_jax.checkpoints.concept_file import save_concept
+from datencoder_jax.checkpoints.export import export_concept
+from datencoder_jax.diffusion.samplers import make_plan
+from datencoder_jax.pipeline import attention_shapes, read_pipeline
+from datencoder_jax.sampling import Request, sample_latents
+from datencoder_jax.typing import Variables
+
+# Importing torch and its friends warns about Python's own future.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+PROMPTS = ["a photo of a S* on the beach", "S* beside a S*"]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Our pipeline, a concept, the folder it is exported to, and the base model's folder."""
+    folder = tmp_path_factory.mktemp("dual")
+    base = write_tiny_base(folder)
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    # diffusers' pipeline insists on Stable Diffusion's own offset, whatever the file says.
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"steps_offset": 1, "set_alpha_to_one": False}))
+    pipeline = read_pipeline(base, "tiny")
+    concept = tiny_concept(pipeline)
+    export_concept(folder / "out", concept, TARGET, name="toy", kinds=["diffusers"])
+    return pipeline, concept, folder / "out", base
+
+
+@pytest.fixture
+def theirs(exported, tmp_path, monkeypatch):
+    """diffusers with the exported code, loaded as a user loads it."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _, _, out, base = exported
+    pipe = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline=str(out), trust_remote_code=True, local_files_only=True
+    )
+    assert type(pipe).__name__ == "DualPathPipeline"
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def our_latents(pipeline, concept, noise, guidance, negative):
+    """Final latents of `PROMPTS`, drawn as `api.generate` draws."""
+    tokenizer = pipeline.tokenizer
+    rows = np.repeat(np.arange(len(PROMPTS)), len(noise) // len(PROMPTS))
+    variables = None
+    soft, hard = tokenizer.encode(PROMPTS), None
+    if concept is not None:
+        variables = Variables(jnp.asarray(concept.embeddings), jax.tree.map(jnp.asarray, concept.offsets))
+        soft = tokenizer.encode(PROMPTS, {concept.token: len(concept.embeddings)})[rows]
+        hard = jnp.asarray(tokenizer.encode(PROMPTS, words={concept.token: concept.nearest_word})[rows])
+    request = Request(
+        jnp.asarray(soft),
+        hard,
+        jnp.asarray(tokenizer.encode([negative])),
+        jnp.asarray(noise),
+        jnp.float32(guidance),
+        jnp.float32(concept.blend),
+    )
+    plan = make_plan("ddim", pipeline.base.schedule, STEPS)
+    return jax.jit(sample_latents)(pipeline.base, plan, request, variables)
+
+
+@pytest.mark.parametrize(("guidance", "negative", "num"), [(3.0, "", 1), (2.0, "red square", 2), (1.0, "", 1)])
+def test_draws_the_same_along_both_paths(exported, theirs, guidance, negative, num):
+    pipeline, concept, out, _ = exported
+    noise = np.random.default_rng(3).standard_normal((len(PROMPTS) * num, 8, 8, 4), dtype=np.float32)
+    theirs.load_concept(out / "concept.safetensors")
+    options = {"num_inference_steps": STEPS, "latents": nchw(noise), "output_type": "latent"}
+    options |= {"guidance_scale": guidance, "negative_prompt": negative, "num_images_per_prompt": num}
+    drawn = nhwc(theirs(PROMPTS, **options).images)
+    np.testing.assert_allclose(drawn, our_latents(pipeline, concept, noise, guidance, negative), rtol=0, atol=1e-4)
+    # The blend matters: neither path alone draws this.
+    for blend in (0.0, 1.0):
+        assert np.abs(nhwc(theirs(PROMPTS, blend=blend, **options).images) - drawn).max() > 0.05
+
+
+def test_without_a_concept_it_is_the_plain_pipeline(exported, theirs):
+    _, _, _, base = exported
+    from diffusers import StableDiffusionPipeline
+
+    plain = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    plain.set_progress_bar_config(disable=True)
+    noise = nchw(np.random.default_rng(3).standard_normal((1, 8, 8, 4), dtype=np.float32))
+    options = {"num_inference_steps": 2, "latents": noise, "output_type": "latent"}
+    np.testing.assert_array_equal(theirs("red", **options).images, plain("red", **options).images)
+
+
+def test_refuses_what_does_not_belong(exported, theirs, tmp_path):
+    pipeline, _, out, _ = exported
+    shapes = attention_shapes(pipeline.base.unet)
+    first = next(iter(shapes))
+    with pytest.raises(ValueError, match="not a concept file"):
+        theirs.load_concept(out / "learned_embeds.safetensors")
+    for changes, match in [
+        ({"embeddings": np.ones((1, 7), np.float32)}, "token vectors of 7; this model's are of 12"),
+        ({"offsets": draw_offsets({"down_blocks.7.to_q": (8, 8)})}, "changes offsets.down_blocks.7.to_q.down"),
+        ({"offsets": draw_offsets({first: (9, 8)})}, "differs in shape"),
+    ]:
+        save_concept(tmp_path / "other", tiny_concept(pipeline, **changes))
+        with pytest.raises(ValueError, match=match):
+            theirs.load_concept(tmp_path / "other")
+    theirs.load_concept(out / "concept.safetensors")
+    for prompt in ("a photo", "red " * 40 + "S*"):
+        with pytest.raises(ValueError, match="does not contain 'S\\*'"):
+            theirs(prompt)
