@@ -18,7 +18,7 @@ def draw_offsets(shapes, seed=0, ranks=(2,)):
     for index, (path, (inputs, outputs)) in enumerate(shapes.items()):
         rank = ranks[index % len(ranks)]
         down = rng.standard_normal((rank, inputs), dtype=np.float32).T / np.float32(inputs**0.5)
-        offsets[path] = LowRank(down, 0.5 * rng.standard_normal((rank, outputs), dtype=np.float32))
+        offsets[path] = LowRank(down, 0.3 * rng.standard_normal((rank, outputs), dtype=np.float32))
     return offsets
 
 

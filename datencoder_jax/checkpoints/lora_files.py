@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from datencoder_jax.checkpoints.hub import PICKLES
 from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.checkpoints.refusals import PICKLES
 from datencoder_jax.checkpoints.weights import describing, open_tensors, read_json, read_tensor
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import LowRank, Offsets
