@@ -60,4 +60,5 @@ $(CORE): setup.cfg pyproject.toml | $(BIN)/pip
 $(TEST): setup.cfg pyproject.toml | $(BIN)/pip
 	@echo "installing datencoder_jax and its test tools into $(VENV); the first time takes several minutes"
 	@$(PIP) install -e '.[test]'
+	@$(PIP) install --no-deps 'open_clip_torch == 3.3.*'
 	@touch $@ $(CORE)
