@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,20 +16,24 @@ from tqdm import tqdm
 from datencoder_jax import sampling, tuning
 from datencoder_jax.checkpoints.encoder_folder import read_encoder
 from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
+from datencoder_jax.composition import compose
 from datencoder_jax.data.images import to_float
 from datencoder_jax.data.reading import fit_square
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
-from datencoder_jax.methods import datencoder
-from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline
+from datencoder_jax.memory import PRESETS, choose
+from datencoder_jax.methods import METHODS, datencoder
+from datencoder_jax.methods.words import from_words
+from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
 from datencoder_jax.prompts import TEMPLATE, check_prompts
-from datencoder_jax.tuning import LearningRates, TuningConfig
-from datencoder_jax.typing import Concept, Variables
+from datencoder_jax.tuning import TuningConfig
+from datencoder_jax.typing import AnyArray, Concept, Condition, LearningRates, Variables
 
-LEARNING_RATES = LearningRates(embeddings=1e-3, offsets=1e-2)
-_BATCH = 16
-_PERSONALIZE, _GENERATE = 0, 1
+_PERSONALIZE, _GENERATE, _FRESH = 0, 1, 2
 """Streams of a seed's draws: pictures must not start from the noise their concept was seen under."""
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LARGE = 1e9
+"""Bytes of weights from which on a model is one of Stable Diffusion's size."""
 
 
 @dataclass(frozen=True)
@@ -57,47 +62,81 @@ class Generated:
     report: dict[str, Any]
 
 
-def load(model: str | Path = TOYWORLD, *, encoder: str | Path | None = None, dtype: str = "auto") -> Pipeline:
+def load(
+    model: str | Path = TOYWORLD,
+    *,
+    encoder: str | Path | None = None,
+    vision: str | Path | None = None,
+    dtype: str = "auto",
+    memory: int | None = None,
+    prediction_type: str | None = None,
+) -> Pipeline:
     """A base model with its tuning-encoder.
 
     Args:
-        model: "toyworld" (the embedded model), a diffusers folder, or a Hugging Face repository.
+        model: "toyworld" (the embedded model), a diffusers folder, a `.safetensors` checkpoint, or a Hugging Face
+            repository.
         encoder: folder of a pretrained tuning-encoder; by default the embedded one for "toyworld", none for others.
-        dtype: type of the frozen weights; "auto" is bfloat16 on GPUs and TPUs, float32 on CPUs.
+        vision: the CLIP vision tower that the encoder looks through, where the model itself has none: a Hugging Face
+            or OpenCLIP folder or file, or a repository.
+        dtype: how the frozen weights are stored: "float32", "bfloat16" or "float16". "auto" is bfloat16, and float32
+            for a small model on a CPU. Accelerators compute with it too, CPUs in float32.
+        memory: GB of the device's memory to get along with, one of `memory.PRESETS`; by default what suits the device.
+        prediction_type: "epsilon" or "v_prediction", for a single-file checkpoint, which does not say.
 
     Raises:
         UserError: the model or encoder is missing, damaged, or they do not belong together.
     """
     start = time.perf_counter()
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; choose one of: {', '.join(_DTYPES)}")
+    if memory not in (None, *PRESETS):
+        raise UserError(f"there is no setting for {memory} GB of memory; choose one of: {', '.join(map(str, PRESETS))}")
+    path = resolve_base(model)
+    large = _bytes(path) > _LARGE
+    settings = choose(large) if memory is None else PRESETS[memory]
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    folder = resolve_base(model)
-    pipeline = read_pipeline(folder, str(model), dtype=dtype)
+        dtype = "float32" if jax.default_backend() == "cpu" and not large else "bfloat16"
+    with jax.default_device(jax.local_devices(backend="cpu")[0]) if settings.in_parts else nullcontext():
+        pipeline = read_pipeline(path, str(model), dtype=dtype, prediction_type=prediction_type)
+        if vision is not None:
+            pipeline = with_vision(pipeline, vision, dtype=dtype)
+    if settings.in_parts:
+        pipeline = replace(pipeline, base=jax.device_get(pipeline.base))
     if encoder is None and str(model) == TOYWORLD:
-        encoder = folder.with_name(f"{TOYWORLD}_encoder")
+        encoder = path.with_name(f"{TOYWORLD}_encoder")
     if encoder is not None:
         if pipeline.base.vision is None:
             raise UserError(
-                f"{model} has no vision tower (image_encoder), which a tuning-encoder looks through; "
-                "leave the encoder out or choose another model"
+                f"{model} has no vision tower (image_encoder), which a tuning-encoder looks through; name one with "
+                "--vision, or leave the encoder out"
             )
         found = read_encoder(Path(encoder), pipeline.fingerprint)
         inventory = {path: (inputs, outputs) for path, inputs, outputs in found.config.inventory}
         if inventory != attention_shapes(pipeline.base.unet):
             raise UserError(f"the tuning-encoder in {encoder} does not fill this model's attention projections")
         pipeline = replace(pipeline, encoder=found)
-    return replace(pipeline, timings={"load": time.perf_counter() - start})
+    return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def personalize(
     pipeline: Pipeline,
     images: Sequence[np.ndarray],
     *,
-    steps: int = 12,
+    method: str = "datencoder",
+    steps: int | None = None,
     token: str = "S*",
+    word: str | None = None,
+    rank: int = 4,
     blend: float | None = None,
     seed: int = 0,
-    learning_rates: LearningRates = LEARNING_RATES,
+    resolution: int | None = None,
+    learning_rates: LearningRates | None = None,
     config: TuningConfig | None = None,
     initial: Variables | None = None,
     hard_word: str | None = None,
@@ -107,30 +146,45 @@ def personalize(
 
     Args:
         images: uint8 `[H, W, 3]` each, of any size; the centre square is used.
-        steps: tuning steps; 0 returns the encoder's prediction.
+        method: "datencoder", "lora" or "textual_inversion"; the latter two need no encoder.
+        steps: tuning steps, by default the method's; 0 returns the start, which is the encoder's prediction.
         token: the placeholder prompts will contain.
-        blend: weight of the soft path in [0, 1]; by default the one the encoder was trained with.
+        word: what the methods without encoder start at, such as "dog" or "sks dog": one vector for each token of it.
+        rank: of the weight offsets of "lora"; an encoder has its own.
+        blend: weight of the soft path in [0, 1]; by default the one the encoder was trained with, or 1 without encoder.
         seed: of every random draw; the same seed gives the same concept on the same machine.
-        learning_rates: of `v*` and of the offsets.
+        resolution: side in pixels that the pictures are brought to; by default the model's own.
+        learning_rates: of `v*` and of the offsets, by default the method's; 0 leaves a part as it starts.
         config: batch of draws, views, crops.
-        initial: start from these variables instead of the encoder's prediction.
+        initial: start from these variables instead of those of the method.
         hard_word: the word of the hard path, by default the one nearest to the start's embedding.
         quiet: print nothing.
 
     Raises:
         UserError: no picture, a bad option, a model without tuning-encoder or in float16, or tuning diverged.
     """
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is not known; choose one of: {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    steps = chosen.steps if steps is None else steps
+    rates = learning_rates or chosen.rates
     if not len(images):
         raise UserError("no picture was given")
     if steps < 0:
         raise UserError(f"steps must be 0 or more, not {steps}")
+    if rank < 1:
+        raise UserError(f"rank must be 1 or more, not {rank}")
     if not token.strip() or token in TEMPLATE:
         raise UserError(f"{token!r} cannot be the placeholder; choose something no prompt holds otherwise, such as S*")
+    if word is not None and chosen.word is None:
+        raise UserError(f"{method} takes no word to start at: its encoder finds one; leave {word!r} out")
     if steps and pipeline.base.unet.dtype == "float16":
         raise UserError("tuning in float16 loses its gradients; load the model in bfloat16 or float32")
-    blend = _blend(pipeline, blend)
-    pictures = prepare(pipeline, images)
-    config = config or TuningConfig(views=max(16, len(images)))
+    blend = _blend(pipeline if chosen.word is None else None, blend)
+    pictures = prepare(pipeline, images, resolution)
+    if config is None:
+        memory = pipeline.memory
+        config = TuningConfig(draws=memory.draws, remat=memory.remat, views=max(16, len(images)))
     if config.views < len(images):
         raise UserError(f"{len(images)} pictures need at least as many views, not {config.views}")
     predict_key, view_key, tune_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _PERSONALIZE), 3)
@@ -139,25 +193,31 @@ def personalize(
     with _Clock(seconds, "predict", datencoder.predict):
         variables = initial
         if variables is None:
-            if pipeline.encoder is None:
-                raise UserError(f"there is no tuning-encoder for {pipeline.name}; name one with --encoder")
-            variables = datencoder.predict(base, pipeline.encoder, pictures, _empty(pipeline), predict_key, quiet=quiet)
+            variables = _start(pipeline, method, pictures, word, rank, predict_key, quiet)
             jax.block_until_ready(variables)
     if hard_word is None:
         hard_word = nearest_words(pipeline, variables.embeddings)[0][0]
 
     losses = np.zeros(0, np.float32)
     if steps:
-        with _Clock(seconds, "tune", tuning.tune, tuning.encode_views_program):
-            template = [TEMPLATE.format(token)]
+        with _Clock(seconds, "tune", tuning.tune, tuning.encode_views_program, tuning.read_prompt):
+            template, tokenizer, texts = [TEMPLATE.format(token)], pipeline.tokenizer, base.only("text", "text_2")
+
+            def read(ids: np.ndarray, embeddings: AnyArray | None) -> Condition:
+                return tuning.read_prompt(texts, jnp.asarray(ids), embeddings, quiet=quiet)
+
+            latents = tuning.encode_views_program(base.only("vae"), pictures, view_key, config=config, quiet=quiet)
+            soft_ids = jnp.asarray(tokenizer.encode(template, {token: len(variables.embeddings)}))
+            frozen = rates.embeddings == 0.0
             problem = tuning.Problem(
-                base,
-                tuning.encode_views_program(base, pictures, view_key, config=config, quiet=quiet),
-                jnp.asarray(pipeline.tokenizer.encode(template, token, vectors=len(variables.embeddings))),
-                jnp.asarray(pipeline.tokenizer.encode(template, token, word=hard_word)),
+                base.only("unet") if frozen else base.only("unet", "text", "text_2"),
+                latents,
+                soft_ids,
+                None if blend == 1.0 else read(tokenizer.encode(template, words={token: hard_word}), None),
                 jnp.float32(blend),
-                LearningRates(*(jnp.float32(rate) for rate in learning_rates)),
+                LearningRates(*(jnp.float32(rate) for rate in rates)),
                 tune_key,
+                read(soft_ids, variables.embeddings) if frozen else None,
             )
             state = tuning.start(jax.tree.map(jnp.copy, variables))  # the program takes its carry over
             state, losses = tuning.tune(state, problem, steps=steps, config=config, quiet=quiet)
@@ -168,12 +228,14 @@ def personalize(
         raise UserError("tuning diverged (values are no longer finite); lower the learning rates")
 
     details = {
+        "method": method,
         "steps": str(steps),
         "seed": str(seed),
         "pictures": str(len(images)),
+        "resolution": str(pictures.shape[1]),
         "rank": ", ".join(sorted({str(offset.down.shape[-1]) for offset in variables.offsets.values()})),
-        "learning_rate_embeddings": f"{learning_rates.embeddings:g}",
-        "learning_rate_offsets": f"{learning_rates.offsets:g}",
+        "learning_rate_embeddings": f"{rates.embeddings:g}",
+        "learning_rate_offsets": f"{rates.offsets:g}",
         "jax": jax.__version__,
         "datencoder_jax": metadata.version("datencoder_jax"),
     }
@@ -188,20 +250,41 @@ def personalize(
         details,
     )
     report = {"nearest_words": nearest, "hard_word": hard_word, "losses": losses.tolist(), "steps": steps, "seed": seed}
+    report |= {"method": method, "resolution": pictures.shape[1]}
     return Personalized(concept, report | {"seconds": seconds})
 
 
-def prepare(pipeline: Pipeline, images: Sequence[np.ndarray]) -> jax.Array:
-    """uint8 pictures of any size -> the centre squares at the model's resolution, `[k, H, W, 3]` in [-1, 1].
+def _start(
+    pipeline: Pipeline, method: str, pictures: jax.Array, word: str | None, rank: int, key: jax.Array, quiet: bool
+) -> Variables:
+    """The variables a method starts at."""
+    chosen = METHODS[method]
+    if chosen.word is not None:
+        shapes = attention_shapes(pipeline.base.unet) if chosen.offsets else {}
+        return from_words(pipeline.base, pipeline.tokenizer.word_ids(word or chosen.word), shapes, rank, key)
+    if pipeline.encoder is None:
+        others = " or ".join(name for name, other in METHODS.items() if other.word is not None)
+        raise UserError(
+            f"there is no tuning-encoder for {pipeline.name}: name one with --encoder (pretrain it first), or choose a "
+            f"method that needs none with --method ({others})"
+        )
+    empty = pipeline.tokenizer.encode([""])
+    return datencoder.predict(pipeline.base, pipeline.encoder, pictures, empty, key, quiet=quiet)
+
+
+def prepare(pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int | None = None) -> jax.Array:
+    """uint8 pictures of any size -> centre squares of the given or the model's resolution, `[k, H, W, 3]` in [-1, 1].
 
     Raises:
-        UserError: something is no such picture, as when a single one is given instead of a list.
+        UserError: something is no such picture, as when a single one is given instead of a list, or the model cannot
+            draw at that resolution.
     """
     for image in images:
         shape = np.shape(image)
         if getattr(image, "dtype", None) != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
             raise UserError("pictures must be a list of uint8 arrays [H, W, 3], such as `read_image` returns")
-    return to_float(np.stack([fit_square(image, pipeline.resolution) for image in images]))
+    side = pipeline.side(resolution) * pipeline.base.vae.config.factor
+    return to_float(np.stack([fit_square(image, side) for image in images]))
 
 
 def nearest_words(pipeline: Pipeline, embeddings: jax.Array, k: int = 5) -> list[tuple[str, float]]:
@@ -214,60 +297,78 @@ def generate(
     pipeline: Pipeline,
     prompts: Sequence[str],
     *,
-    concept: Concept | None = None,
+    concept: Concept | Sequence[Concept] | None = None,
+    weights: Sequence[float] | None = None,
     num: int = 4,
     seed: int = 0,
+    resolution: int | None = None,
     sampler: str = "ddim",
     sampling_steps: int = 25,
     guidance: float | None = None,
     blend: float | None = None,
     negative: str = "",
-    batch_size: int = _BATCH,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> Generated:
     """Pictures for prompts.
 
     Args:
-        prompts: texts; with a concept each must contain its token.
+        prompts: texts; with concepts each must contain the placeholder of at least one.
+        concept: one or several; those that come from `import_lora` and `import_embedding` too.
+        weights: of the concepts' weight offsets, 1 for each by default.
         num: pictures per prompt.
         seed: the same seed gives the same pictures on the same machine, whatever else is asked for beside them.
-        sampler: "ddim" or "dpm++2m".
+        resolution: side in pixels; by default the model's own.
+        sampler: one of `diffusion.samplers.SAMPLERS`.
         sampling_steps: denoising steps.
         guidance: scale of classifier-free guidance; 1 is none. By default the model's own: 2 for the embedded one, 7.5
             for those that name none.
-        blend: weight of the soft path; by default the concept's.
-        negative: what the pictures should not show.
-        batch_size: pictures sampled at a time.
+        blend: weight of the soft path; by default the concepts'.
+        negative: what the pictures should not show; it may contain placeholders too.
+        batch_size: pictures sampled at a time, by default what the memory allows.
 
     Raises:
-        UserError: a bad prompt or option, or a concept of another base model.
+        UserError: a bad prompt or option, concepts of another base model, or two with one placeholder.
     """
-    check_prompts(prompts, concept.token if concept else None)
+    concepts = [concept] if isinstance(concept, Concept) else list(concept or ())
+    composition = compose(concepts, weights) if concepts else None
+    # An embedding from elsewhere may be meant for the negative prompt alone.
+    check_prompts(
+        prompts, [c.token for c in concepts if c.token and c.offsets] and [c.token for c in concepts if c.token]
+    )
     if num < 1:
         raise UserError(f"the number of pictures must be 1 or more, not {num}")
+    batch_size = pipeline.memory.batch if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"the batch size must be 1 or more, not {batch_size}")
-    if concept is not None and concept.fingerprint != pipeline.fingerprint:
-        raise UserError(f"the concept was made for {concept.base}, not for {pipeline.name}")
+    for each in concepts:
+        if each.fingerprint != pipeline.fingerprint:
+            raise UserError(f"the concept was made for {each.base}, not for {pipeline.name}")
     if guidance is None:
         guidance = pipeline.guidance
     base, tokenizer, seconds = pipeline.base, pipeline.tokenizer, {}
-    variables, hard = None, None
-    if concept is None:
-        soft = tokenizer.encode(prompts)
-    else:
-        variables = Variables(jnp.asarray(concept.embeddings), jax.tree.map(jnp.asarray, concept.offsets))
-        soft = tokenizer.encode(prompts, concept.token, vectors=len(concept.embeddings))
-        hard = tokenizer.encode(prompts, concept.token, word=concept.nearest_word)
-        blend = _blend(pipeline, concept.blend if blend is None else blend)
-    noise = _noise(pipeline, len(prompts), num, seed)
+    variables, hard, placeholders, blend = (
+        None,
+        None,
+        {},
+        _blend(None, blend if composition is None else composition.blend if blend is None else blend),
+    )
+    if composition is not None:
+        variables, placeholders = jax.tree.map(jnp.asarray, composition.variables), composition.placeholders
+        if blend < 1.0:  # at 1 there is only the soft path
+            hard = tokenizer.encode(prompts, words=composition.words)
+    soft = tokenizer.encode(prompts, placeholders)
+    noise, keys = _noise(pipeline, len(prompts), num, seed, resolution)
     rows = np.repeat(np.arange(len(prompts)), num)
     plan = make_plan(sampler, base.schedule, sampling_steps)
-    negative_ids = jnp.asarray(tokenizer.encode([negative]))
+    negative_ids = None
+    if negative or not base.zero_empty:
+        negative_ids = jnp.asarray(tokenizer.encode([negative], placeholders))
+    draw = sampling.draw_in_parts if pipeline.memory.in_parts else sampling.generate
 
     pictures = []
     with (
-        _Clock(seconds, "sample", sampling.generate),
+        _Clock(seconds, "sample", sampling.generate, *sampling.IN_PARTS),
         tqdm(total=len(rows), desc="sampling", unit="picture", disable=quiet or len(rows) <= batch_size) as bar,
     ):
         for start in range(0, len(rows), batch_size):
@@ -279,9 +380,10 @@ def generate(
                 negative_ids,
                 noise[chosen],
                 jnp.float32(guidance),
-                jnp.float32(0.0 if blend is None else blend),
+                jnp.float32(blend),
+                keys[chosen],
             )
-            batch = np.asarray(sampling.generate(base, plan, request, variables, quiet=quiet))
+            batch = np.asarray(draw(base.only("unet", "vae", "text", "text_2"), plan, request, variables, quiet=quiet))
             count = min(batch_size, len(rows) - start)
             pictures.append(batch[:count])
             bar.update(count)
@@ -291,25 +393,30 @@ def generate(
     )
 
 
-def _noise(pipeline: Pipeline, prompts: int, num: int, seed: int) -> jax.Array:
-    """Initial noise `[prompts * num, h, w, c]`; picture `k` of every prompt starts from the same noise."""
-    side, channels = pipeline.base.unet.config.sample_size, pipeline.base.unet.config.in_channels
-    key = jax.random.fold_in(jax.random.key(seed), _GENERATE)
-    keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(num))
-    noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(keys)
-    return jnp.tile(noise, (prompts, 1, 1, 1))
+def _noise(
+    pipeline: Pipeline, prompts: int, num: int, seed: int, resolution: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Initial noise `[prompts * num, h, w, c]` and keys of further noise `[prompts * num]`.
+
+    Picture `k` of every prompt has the same.
+    """
+    shape = (pipeline.side(resolution),) * 2 + (pipeline.base.unet.config.in_channels,)
+
+    def keys(stream: int) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), stream)
+        return jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(num))
+
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys(_GENERATE))
+    return jnp.tile(noise, (prompts, 1, 1, 1)), jnp.tile(keys(_FRESH), prompts)
 
 
-def _blend(pipeline: Pipeline, blend: float | None) -> float:
+def _blend(pipeline: Pipeline | None, blend: float | None) -> float:
+    """The weight of the soft path: as asked for, or the encoder's, or 1 where there is none."""
     if blend is None:
-        return pipeline.encoder.config.blend if pipeline.encoder else 1.0
+        return pipeline.encoder.config.blend if pipeline and pipeline.encoder else 1.0
     if not 0.0 <= blend <= 1.0:
         raise UserError(f"blend must lie between 0 and 1, not {blend}")
     return float(blend)
-
-
-def _empty(pipeline: Pipeline) -> np.ndarray:
-    return pipeline.tokenizer.encode([""])
 
 
 class _Clock:

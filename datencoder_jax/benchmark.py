@@ -42,11 +42,11 @@ from datencoder_jax.evaluation.suite import (
     truth,
     write_rows,
 )
-from datencoder_jax.methods import lora
+from datencoder_jax.methods import METHODS
+from datencoder_jax.methods.words import from_words
 from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import Base, Pipeline, attention_shapes
-from datencoder_jax.tuning import LearningRates
-from datencoder_jax.typing import Concept, LowRank, Variables
+from datencoder_jax.typing import Concept, LearningRates, LowRank, Variables
 
 TOKEN = "S*"
 _START = LearningRates(embeddings=1e-3, offsets=1e-2)
@@ -73,7 +73,7 @@ class Method:
     name: str
     start: str = "encoder"
     steps: int = 12
-    rates: LearningRates = api.LEARNING_RATES
+    rates: LearningRates = METHODS["datencoder"].rates
     blend: float | None = None
     offsets: bool = True
     embeddings: bool = True
@@ -138,7 +138,7 @@ class Producer:
         if method.start == "class word":
             key = jax.random.fold_in(jax.random.key(seed), _DRAWS)
             shapes, rank = attention_shapes(base.unet), encoder.config.rank
-            return lora.from_word(base, tokenizer.word_id(word), shapes, rank, key), word
+            return from_words(base, [tokenizer.word_id(word)], shapes, rank, key), word
         if method.offsets and method.embeddings:
             return None, None
         predicted = api.personalize(self.pipeline, list(pictures), steps=0, token=TOKEN, seed=seed, quiet=True).concept

@@ -89,7 +89,7 @@ def generate(args: Namespace) -> None:
     args.out = check_writable(args.out)
     concept = _read_concept(args.concept) if args.concept else None
     if concept is not None:
-        check_prompts(args.prompts, concept.token)
+        check_prompts(args.prompts, [concept.token])
     elif args.blend is not None:
         raise UserError("--blend weighs a concept's path against the plain model's, so it needs --concept FILE.")
 
@@ -240,7 +240,7 @@ def _read_concept(file: str, pipeline: Pipeline | None = None) -> Concept:
 
 
 def _check_texts(prompts: Sequence[str], token: str | None) -> None:
-    check_prompts(prompts, token)
+    check_prompts(prompts, [token] if token else ())
     for text in prompts:
         _check_unicode(text)
 

@@ -1,6 +1,17 @@
-"""A base model in memory: its networks as one pytree, its tokenizer and its noise schedule."""
+"""A base model in memory: its networks as one pytree, its tokenizer and its noise schedule.
 
-from dataclasses import dataclass, field
+Stable Diffusion XL has two text towers. With ids `i` and concept vectors `c = [c_1, c_2]`, side by side as in the
+table `[E_1, E_2]`, and `h_j` the states before a tower's last layer, its UNet is told
+
+    context = [h_1(i, c_1), h_2(i', c_2)],    pooled = projected_2(i', c_2)                         (1)
+
+where `i'` pads with another token after the end of the text. Dual-path adaptation has a soft and a hard prompt, and the
+UNet one place for the pooled text, so it is blended as the attention's outputs are (ours):
+
+    pooled = alpha pooled_soft + (1 - alpha) pooled_hard                                            (2)
+"""
+
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -10,14 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax.checkpoints.folders import read_base
-from datencoder_jax.checkpoints.hub import DEFAULTS
+from datencoder_jax.checkpoints.hub import DEFAULTS, resolve_vision
+from datencoder_jax.checkpoints.parts import BaseParts
+from datencoder_jax.checkpoints.vision import read_vision
 from datencoder_jax.checkpoints.weights import describing
 from datencoder_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from datencoder_jax.errors import UserError
+from datencoder_jax.memory import Memory
 from datencoder_jax.models.clip_text import TOKEN_TABLE
 from datencoder_jax.models.module import Model
 from datencoder_jax.models.unet import UNet2DConditionModel
+from datencoder_jax.objectives.norm import mean_norm
 from datencoder_jax.prompts import PROMPTS, PromptTokenizer, check_prompts
+from datencoder_jax.typing import Added, Condition, Offsets
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,8 +49,12 @@ class Base:
         unet, vae, text: Stable Diffusion's parts.
         vision: the CLIP vision tower; None where the model has none (then there is no tuning-encoder either).
         words: bool `[vocabulary]`, what may be a concept's nearest word: whole words with an embedding other than zero.
+        word_norm: mean length of those words' embeddings, scalar.
         pixel_mean, pixel_std: `[3]`, of the vision tower's input in [0, 1].
         schedule: the noise schedule (static).
+        text_2: the second text tower of XL.
+        end_token, second_pad: what ends every prompt, and what pads the second tower's after it (static).
+        zero_empty: no negative prompt is zeros instead of the empty prompt (static).
     """
 
     unet: Model
@@ -42,14 +62,84 @@ class Base:
     text: Model
     vision: Model | None
     words: jax.Array
+    word_norm: jax.Array
     pixel_mean: jax.Array
     pixel_std: jax.Array
     schedule: ScheduleConfig = field(metadata={"static": True})
+    text_2: Model | None = None
+    end_token: int = field(default=0, metadata={"static": True})
+    second_pad: int = field(default=0, metadata={"static": True})
+    zero_empty: bool = field(default=False, metadata={"static": True})
 
     @property
     def table(self) -> jax.Array:
-        """The text tower's token embeddings `[vocabulary, d]`."""
-        return self.text.params[TOKEN_TABLE]
+        """The text towers' token embeddings, side by side `[vocabulary, d]`."""
+        return jnp.concatenate([tower.params[TOKEN_TABLE] for tower in self._towers], axis=1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How the columns of `table` divide among the text towers."""
+        return tuple(tower.config.hidden_size for tower in self._towers)
+
+    @property
+    def _towers(self) -> list[Model]:
+        return [self.text] if self.text_2 is None else [self.text, self.text_2]
+
+    def condition(self, ids: jax.Array, concept: jax.Array | None = None) -> Condition:
+        """What the UNet is told of prompts; equation (1).
+
+        Args:
+            ids: `[batch, l]`; those past the vocabulary select rows of `concept`.
+            concept: vectors `[n, d]`, or `[batch, n, d]` with one set per sample.
+        """
+        if self.text_2 is None:
+            return Condition(self.text(ids, concept).last_hidden)
+        parts = (None, None) if concept is None else jnp.split(concept, [self.widths[0]], axis=-1)
+        end = (ids == self.end_token).astype(jnp.int32)
+        padding = jnp.cumsum(end, axis=1) - end > 0  # an end before it
+        first = self.text(ids, parts[0])
+        second = self.text_2(jnp.where(padding, self.second_pad, ids), parts[1])
+        return Condition(jnp.concatenate([first.penultimate, second.penultimate], axis=-1), second.projected)
+
+    def denoise(
+        self,
+        latents: jax.Array,
+        t: jax.Array,
+        soft: Condition,
+        *,
+        hard: Condition | None = None,
+        offsets: Offsets | None = None,
+        blend: jax.Array | float = 1.0,
+        remat: bool = False,
+    ) -> jax.Array:
+        """The UNet's prediction for noisy latents `[batch, h, w, c]` under a soft prompt, blended with a hard one.
+
+        Args: as the UNet's; both conditions are those of the whole batch.
+        """
+        return self.unet(
+            latents,
+            t,
+            soft.context,
+            added=self.added(latents, _blended(soft.pooled, hard and hard.pooled, blend)),
+            offsets=offsets,
+            hard_context=None if hard is None else hard.context,
+            blend=blend,
+            remat=remat,
+        )
+
+    def added(self, latents: jax.Array, pooled: jax.Array | None) -> Added | None:
+        """What XL's UNet is told beside the context: pooled text and the size of uncropped pictures."""
+        if pooled is None:
+            return None
+        height, width = (side * self.vae.config.factor for side in latents.shape[1:3])
+        sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+        return Added(pooled, jnp.broadcast_to(sizes, (len(latents), len(sizes))))
+
+    def only(self, *names: str) -> "Base":
+        """The same without the parameters of all networks but the named, which are then no argument of a program."""
+        networks = ("unet", "vae", "text", "text_2", "vision")
+        emptied = {n: getattr(self, n) for n in networks if n not in names and getattr(self, n) is not None}
+        return replace(self, **{name: model.with_params({}) for name, model in emptied.items()})
 
     @property
     def eyes(self) -> Model:
@@ -69,6 +159,14 @@ class Base:
         return (0.5 * images + 0.5 - shift) / scale
 
 
+def _blended(soft: jax.Array | None, hard: jax.Array | None, blend: jax.Array | float) -> jax.Array | None:
+    """Equation (2), with one blend or one per sample."""
+    if soft is None or hard is None:
+        return soft
+    weight = jnp.asarray(blend, soft.dtype).reshape(-1, 1)
+    return weight * soft + (1 - weight) * hard
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A base model and what surrounds it.
@@ -81,6 +179,7 @@ class Pipeline:
         encoder: the tuning-encoder; None if there is none for this model.
         guidance: the scale of classifier-free guidance where none is asked for.
         prompts: what is drawn where no prompt is given, with the placeholder `S*`.
+        memory: what its device's memory allows.
         timings: seconds, `load`.
     """
 
@@ -91,6 +190,7 @@ class Pipeline:
     encoder: Model | None = None
     guidance: float = 7.5
     prompts: tuple[str, ...] = PROMPTS
+    memory: Memory = field(default_factory=Memory)
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -98,36 +198,102 @@ class Pipeline:
         """Side of its pictures in pixels."""
         return self.base.unet.config.sample_size * self.base.vae.config.factor
 
+    def side(self, resolution: int | None) -> int:
+        """Side of the latents of pictures of `resolution` pixels, or of the model's own.
 
-def read_pipeline(folder: Path, name: str, *, dtype: str = "float32") -> Pipeline:
-    """A base model from a diffusers folder.
+        Raises:
+            UserError: the model cannot draw pictures of that size.
+        """
+        if resolution is None:
+            return self.base.unet.config.sample_size
+        unit = self.base.vae.config.factor * 2 ** (len(self.base.unet.config.block_out_channels) - 1)
+        if resolution < unit or resolution % unit:
+            raise UserError(f"the resolution must be a multiple of {unit} pixels for this model, and is {resolution}")
+        return resolution // self.base.vae.config.factor
+
+
+def read_pipeline(path: Path, name: str, *, dtype: str = "float32", prediction_type: str | None = None) -> Pipeline:
+    """A base model from a diffusers folder or a single-file checkpoint.
 
     Args:
-        dtype: the type frozen weights are stored in and computed with; norms, softmax and losses stay in float32.
+        dtype: the type frozen weights are stored in. Accelerators compute with it, except in norms, softmax, losses and
+            XL's VAE; CPUs compute in float32.
+        prediction_type: "epsilon" or "v_prediction", in place of what the model says of itself.
 
     Raises:
-        UserError: the folder is no such folder, or a part is missing, damaged or unsupported.
+        UserError: there is no such model, or a part is missing, damaged or unsupported.
     """
-    parts = read_base(folder, dtype=dtype)
-    unet, vae, text = (model.cast(dtype, dtype) for model in (parts.unet, parts.vae, parts.text_encoder))
-    vision = None if parts.image_encoder is None else parts.image_encoder.cast(dtype, dtype)
+    parts = read_base(path, dtype=dtype, prediction_type=prediction_type)
+    compute = _computation(dtype)
+    unet, text = (model.cast(dtype, compute) for model in (parts.unet, parts.text_encoder))
+    text_2, vision = (model and model.cast(dtype, compute) for model in (parts.text_encoder_2, parts.image_encoder))
+    # Half precision overflows in XL's decoder.
+    vae = parts.vae.cast(dtype, compute if text_2 is None else "float32")
     tokenizer = PromptTokenizer(parts.tokenizer, text.config.vocab_size, text.config.max_position_embeddings)
-    pixels = parts.feature_extractor or {}
-    with describing(folder / "scheduler" / "scheduler_config.json", "a noise schedule"):
+    mean, std = _pixels(parts.feature_extractor)
+    with describing(path / "scheduler" / "scheduler_config.json", "a noise schedule"):
         schedule = _schedule(parts.scheduler)
-    with describing(folder / DEFAULTS, "a model's defaults"):
+    with describing(path / DEFAULTS, "a model's defaults"):
         defaults = _defaults(parts.defaults or {})
     base = Base(
         unet=unet,
         vae=vae,
         text=text,
         vision=vision,
-        words=jnp.asarray(tokenizer.whole_words & np.asarray(text.params[TOKEN_TABLE] != 0).any(axis=1)),
-        pixel_mean=jnp.asarray(pixels.get("image_mean", CLIP_MEAN), jnp.float32),
-        pixel_std=jnp.asarray(pixels.get("image_std", CLIP_STD), jnp.float32),
+        words=jnp.zeros(0, bool),
+        word_norm=jnp.zeros(()),
+        pixel_mean=mean,
+        pixel_std=std,
         schedule=schedule,
+        text_2=text_2,
+        end_token=tokenizer.end,
+        second_pad=_second_pad(parts, tokenizer),
+        zero_empty=parts.force_zeros_for_empty_prompt,
     )
+    known = np.zeros(tokenizer.vocab_size, bool)
+    for tower in (text, text_2):
+        known |= False if tower is None else np.asarray(tower.params[TOKEN_TABLE] != 0).any(axis=1)
+    words = jnp.asarray(tokenizer.whole_words & known)
+    base = replace(base, words=words, word_norm=mean_norm(base.table, words))
     return Pipeline(name, parts.fingerprint, base, tokenizer, **defaults)
+
+
+def with_vision(pipeline: Pipeline, path: str | Path, *, dtype: str = "float32") -> Pipeline:
+    """The pipeline with a vision tower from elsewhere, for a base model that has none.
+
+    Args:
+        path: a Hugging Face or OpenCLIP folder or file, or a Hugging Face repository.
+
+    Raises:
+        UserError: there is no such tower.
+    """
+    vision, extractor = read_vision(resolve_vision(path), dtype=dtype)
+    mean, std = _pixels(extractor)
+    base = replace(pipeline.base, vision=vision.cast(dtype, _computation(dtype)), pixel_mean=mean, pixel_std=std)
+    return replace(pipeline, base=base)
+
+
+def _pixels(extractor: dict[str, Any] | None) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation of the pixels that a vision tower is given, from a `preprocessor_config.json`."""
+    values = extractor or {}
+    mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
+    return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+
+
+def _computation(dtype: str) -> str:
+    """The type of computations with weights stored as `dtype`: a CPU computes in float32, whatever it stores."""
+    return "float32" if jax.default_backend() == "cpu" else dtype
+
+
+def _second_pad(parts: BaseParts, tokenizer: PromptTokenizer) -> int:
+    """The padding of the second text tower, whose tokenizer must otherwise be the first's."""
+    if parts.text_encoder_2 is None or parts.tokenizer_2 is None:
+        return 0
+    config = parts.text_encoder_2.config
+    second = PromptTokenizer(parts.tokenizer_2, config.vocab_size, config.max_position_embeddings)
+    if (second.vocab_size, second.length) != (tokenizer.vocab_size, tokenizer.length) or not second.same(tokenizer):
+        raise UserError(f"{parts.tokenizer_2} and {parts.tokenizer} are tokenizers of different vocabularies.")
+    return second.pad
 
 
 def _schedule(values: dict[str, Any]) -> ScheduleConfig:
@@ -144,7 +310,7 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
     if "guidance" in found and not (type(found["guidance"]) in (int, float) and isfinite(found["guidance"])):
         raise TypeError(f"guidance cannot be {found['guidance']!r}")
     if "prompts" in found:
-        check_prompts(found["prompts"], "S*")
+        check_prompts(found["prompts"], ["S*"])
         found["prompts"] = tuple(found["prompts"])
     return found
 

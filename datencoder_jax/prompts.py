@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,37 +55,53 @@ class PromptTokenizer:
         self.vocab_size, self.length = vocab_size, length
 
     def encode(
-        self, prompts: Sequence[str], token: str | None = None, *, vectors: int = 1, word: str | None = None
+        self,
+        prompts: Sequence[str],
+        placeholders: Mapping[str, int] | None = None,
+        *,
+        words: Mapping[str, str] | None = None,
     ) -> np.ndarray:
         """Token ids of prompts, int32 `[n, length]`.
 
         Args:
-            prompts: texts; `token` may occur several times in each, or not at all.
-            token: the placeholder.
-            vectors: how many vectors the placeholder stands for.
-            word: put this word in the placeholder's place instead (the hard prompt).
+            prompts: texts; a placeholder may occur several times in each, or not at all.
+            placeholders: how many vectors each stands for; their ids follow one another past the vocabulary.
+            words: put these words in the placeholders' places instead (the hard prompt).
 
         Raises:
-            UserError: a prompt is so long that nothing of its placeholder is left.
+            UserError: a prompt is so long that nothing of its placeholders is left.
         """
-        return np.array([self._encode(prompt, token, vectors, word) for prompt in prompts], np.int32)
+        if words is not None:
+            prompts = [
+                _any(words).sub(lambda found: words[found[0]], prompt) if words else prompt for prompt in prompts
+            ]
+        # The hard prompt goes with a soft one, which has said what is cut.
+        return np.array([self._encode(prompt, placeholders or {}, words is None) for prompt in prompts], np.int32)
 
-    def _encode(self, prompt: str, token: str | None, vectors: int, word: str | None) -> list[int]:
-        if token and word is not None:
-            prompt, token = placeholder(token).sub(lambda _: word, prompt), None
-        concept = [self.vocab_size + i for i in range(vectors)]
+    def _encode(self, prompt: str, placeholders: Mapping[str, int], tell: bool) -> list[int]:
+        first = dict(
+            zip(placeholders, itertools.accumulate(placeholders.values(), initial=self.vocab_size), strict=False)
+        )
         ids: list[int] = []
-        for index, part in enumerate(placeholder(token).split(prompt) if token else [prompt]):
-            ids += (concept if index else []) + self._ids(part)
+        names: dict[int, str] = {}
+        end = 0
+        for found in _any(placeholders).finditer(prompt) if placeholders else ():
+            token = found[0]
+            vectors = range(first[token], first[token] + placeholders[token])
+            ids += [*self._ids(prompt[end : found.start()]), *vectors]
+            names |= dict.fromkeys(vectors, token)
+            end = found.end()
+        ids += self._ids(prompt[end:])
         room = self.length - 2
-        if max(ids, default=0) >= self.vocab_size > max(ids[:room]):
+        lost = set(names.values()) - {names.get(i) for i in ids[:room]}
+        if lost:
             raise UserError(
-                f"the prompt {prompt!r} is longer than {room} tokens and the placeholder {token!r} does not fit; "
+                f"the prompt {prompt!r} is longer than {room} tokens and the placeholder {min(lost)!r} does not fit; "
                 "write it nearer to the start"
             )
-        if len(ids) > room and word is None:  # the hard prompt goes with a soft one, which has said so
-            runs = itertools.groupby(ids[room:], lambda i: i >= self.vocab_size)
-            cut = " ".join(str(token) if past else self._tokenizer.decode(list(run)).strip() for past, run in runs)
+        if len(ids) > room and tell:
+            runs = itertools.groupby(ids[room:], lambda i: names.get(i, ""))
+            cut = " ".join(token or self._tokenizer.decode(list(run)).strip() for token, run in runs)
             warnings.warn(f"the prompt {prompt!r} is longer than {room} tokens; cut: {cut!r}", stacklevel=4)
         ids = [self._tokenizer.bos_token_id, *ids[:room], self._tokenizer.eos_token_id]
         return ids + [self._tokenizer.pad_token_id] * (self.length - len(ids))
@@ -94,9 +110,34 @@ class PromptTokenizer:
         # Not verbose: it is warned of what is too long above, and without words such as "indexing errors".
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+    @property
+    def end(self) -> int:
+        """The id that ends every prompt."""
+        return self._tokenizer.eos_token_id
+
+    @property
+    def pad(self) -> int:
+        """The id that prompts are padded with."""
+        return self._tokenizer.pad_token_id
+
+    def same(self, other: "PromptTokenizer") -> bool:
+        """Whether both have the same words under the same ids."""
+        return self._tokenizer.get_vocab() == other._tokenizer.get_vocab()
+
     def word(self, token_id: int) -> str:
         """The word of a token id, without the end-of-word mark."""
         return self._tokenizer.convert_ids_to_tokens(int(token_id)).removesuffix("</w>")
+
+    def word_ids(self, text: str) -> list[int]:
+        """The ids of a text's tokens, of which there is at least one that the vocabulary knows.
+
+        Raises:
+            UserError: the text is empty, or the vocabulary has none of it.
+        """
+        ids = [i for i in self._ids(text) if i != self._tokenizer.unk_token_id]
+        if not ids:
+            raise UserError(f"{text!r} is no word of this model's vocabulary; name what the picture shows with --word")
+        return ids
 
     def word_id(self, word: str) -> int:
         """The id of a word that is one token.
@@ -125,12 +166,21 @@ class PromptTokenizer:
 
 def placeholder(token: str) -> re.Pattern[str]:
     """The pattern of a placeholder in a prompt: where it begins or ends with a letter, no letter may be beside it."""
-    before, after = (r"\b" if re.match(r"\w", edge) else "" for edge in (token[0], token[-1]))
-    return re.compile(f"{before}{re.escape(token)}{after}")
+    return _any([token])
 
 
-def check_prompts(prompts: Sequence[str], token: str | None) -> None:
-    """Raises `UserError` for an empty prompt and, when there is a placeholder, for a prompt without it."""
+def _any(tokens: Iterable[str]) -> re.Pattern[str]:
+    """The pattern of several placeholders, the longest first: one may begin with another."""
+
+    def one(token: str) -> str:
+        before, after = (r"\b" if re.match(r"\w", edge) else "" for edge in (token[0], token[-1]))
+        return f"{before}{re.escape(token)}{after}"
+
+    return re.compile("|".join(one(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def check_prompts(prompts: Sequence[str], tokens: Collection[str] = ()) -> None:
+    """Raises `UserError` for an empty prompt and, when there are placeholders, for a prompt without any of them."""
     if isinstance(prompts, str):
         raise UserError(f"prompts must be a list of texts, such as [{prompts!r}]")
     if not prompts:
@@ -138,7 +188,8 @@ def check_prompts(prompts: Sequence[str], token: str | None) -> None:
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("a prompt is empty; say what the picture should show")
-        if token and not placeholder(token).search(prompt):
+        if tokens and not _any(tokens).search(prompt):
+            wanted = " or ".join(repr(token) for token in tokens)
             raise UserError(
-                f"the prompt {prompt!r} does not contain the placeholder {token!r}; write it where the concept belongs"
+                f"the prompt {prompt!r} does not contain the placeholder {wanted}; write it where the concept belongs"
             )

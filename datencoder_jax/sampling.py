@@ -5,7 +5,11 @@ At every step the UNet runs once on a batch of two halves, the negative prompt a
     prediction = u + g (c - u)                                                                     (1)
 
 with guidance scale `g`. With a concept both halves have the offsets on and are blended with the hard path; the hard
-path of the negative half reads the negative prompt too.
+path of the negative half reads the negative prompt too. Without a negative prompt XL's `u` is that of zeros, as it was
+trained.
+
+`generate` is one program. `draw_in_parts` runs the same functions as three, each with the networks it needs alone, so
+that networks held by the host are on the device one after the other.
 """
 
 from typing import NamedTuple
@@ -17,7 +21,7 @@ from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.guidance import guided
 from datencoder_jax.diffusion.samplers import Plan, sample
 from datencoder_jax.pipeline import Base
-from datencoder_jax.typing import Variables
+from datencoder_jax.typing import Condition, Offsets, Variables
 
 _DECODE_PIXELS = 512 * 512
 """Pixels decoded at a time: one 512 px picture, or many small ones."""
@@ -28,47 +32,66 @@ class Request(NamedTuple):
 
     Attributes:
         soft_ids, hard_ids: prompts with the placeholder and with the nearest word, `[batch, L]`; `hard_ids` is None
-            without a concept.
-        negative_ids: `[1, L]`.
+            for the soft path alone.
+        negative_ids: `[1, L]`; None for zeros.
         noise: `[batch, h, w, c]`, standard normal.
         guidance: `g`, scalar.
         blend: weight of the soft path, scalar.
+        keys: of the noise that some samplers add at every step, `[batch]`; None for the others.
     """
 
     soft_ids: jax.Array
     hard_ids: jax.Array | None
-    negative_ids: jax.Array
+    negative_ids: jax.Array | None
     noise: jax.Array
     guidance: jax.Array
     blend: jax.Array
+    keys: jax.Array | None = None
+
+
+class Read(NamedTuple):
+    """The prompts of a request as the UNet is told of them; both halves of (1), the negative one first."""
+
+    soft: Condition
+    hard: Condition | None
 
 
 def _generate(base: Base, plan: Plan, request: Request, variables: Variables | None) -> jax.Array:
-    latents = sample_latents(base, plan, request, variables)
-    return decode(base, latents)
+    return decode(base, sample_latents(base, plan, request, variables))
 
 
 def sample_latents(base: Base, plan: Plan, request: Request, variables: Variables | None) -> jax.Array:
     """Scaled clean latents `[batch, h, w, c]` of a request; `variables` are the concept's, None for none."""
+    embeddings, offsets = (None, None) if variables is None else variables
+    return denoise(base, plan, request, read(base, request, embeddings), offsets)
+
+
+def read(base: Base, request: Request, embeddings: jax.Array | None) -> Read:
+    """The request's prompts, with a concept's vectors `[n, d]` or one set per row."""
     count = len(request.soft_ids)
-    negative = base.text(request.negative_ids).last_hidden
-    negative = jnp.broadcast_to(negative, (count, *negative.shape[1:]))
 
-    def both(ids, concept=None):
-        return jnp.concatenate([negative, base.text(ids, concept).last_hidden])
+    def both(ids: jax.Array, concept: jax.Array | None = None) -> Condition:
+        positive = base.condition(ids, concept)
+        if request.negative_ids is None:
+            negative = jax.tree.map(jnp.zeros_like, positive)
+        else:
+            negative = base.condition(request.negative_ids)
+            negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), negative)
+        return jax.tree.map(lambda u, c: jnp.concatenate([u, c]), negative, positive)
 
-    if variables is None:
-        context, paths = both(request.soft_ids), {}
-    else:
-        context = both(request.soft_ids, variables.embeddings)
-        paths = {"offsets": variables.offsets, "hard_context": both(request.hard_ids), "blend": request.blend}
+    return Read(both(request.soft_ids, embeddings), None if request.hard_ids is None else both(request.hard_ids))
+
+
+def denoise(base: Base, plan: Plan, request: Request, prompts: Read, offsets: Offsets | None) -> jax.Array:
+    """As `sample_latents`, from prompts that have been read."""
 
     def predict(latents, t):
-        halves = base.unet(jnp.concatenate([latents, latents]), t, context, **paths)
+        halves = jnp.concatenate([latents, latents])
+        halves = base.denoise(halves, t, prompts.soft, hard=prompts.hard, offsets=offsets, blend=request.blend)
         unconditional, conditional = jnp.split(halves, 2)
         return guided(unconditional, conditional, request.guidance)
 
-    return sample(plan, predict, request.noise)
+    return sample(plan, predict, request.noise, request.keys)
 
 
 def decode(base: Base, latents: jax.Array) -> jax.Array:
@@ -86,3 +109,21 @@ def decode(base: Base, latents: jax.Array) -> jax.Array:
 
 generate = Program("sampling", _generate)
 """`generate(base, plan, request, variables) -> uint8 [batch, H, W, 3]`, compiled per batch size and sampler length."""
+
+_read = Program("prompt reading", read)
+_denoise = Program("sampling", denoise)
+_decode = Program("decoding", decode)
+
+
+def draw_in_parts(
+    base: Base, plan: Plan, request: Request, variables: Variables | None, *, quiet: bool = False
+) -> jax.Array:
+    """What `generate` returns, as three programs."""
+    embeddings, offsets = (None, None) if variables is None else variables
+    prompts = _read(base.only("text", "text_2"), request, embeddings, quiet=quiet)
+    latents = _denoise(base.only("unet"), plan, request, prompts, offsets, quiet=quiet)
+    return _decode(base.only("vae"), latents, quiet=quiet)
+
+
+IN_PARTS = (_read, _denoise, _decode)
+"""The programs of `draw_in_parts`."""

@@ -8,7 +8,8 @@ and noises `e`, and takes an Adam step on
     x   <- x - lr adam(grad L(x))          lr: one rate for the embeddings, one for the offsets    (2)
 
 The soft path reads the template with `v*` in the placeholder's place and has the offsets on, the hard path reads it
-with the nearest word (arXiv 2307.06925, section 4). Batch size, views, rates and `lambda_n` are ours.
+with the nearest word (arXiv 2307.06925, section 4). Batch size, views, rates and `lambda_n` are ours. Methods with one
+path leave the hard one out; text that does not change while tuning is read once, before it.
 """
 
 from dataclasses import dataclass
@@ -22,18 +23,11 @@ from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratified_timesteps, target
 from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
-from datencoder_jax.objectives.norm import mean_norm, norm_penalty
+from datencoder_jax.objectives.norm import norm_penalty
 from datencoder_jax.pipeline import Base
-from datencoder_jax.typing import Variables
+from datencoder_jax.typing import Condition, LearningRates, Variables
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
-
-
-class LearningRates(NamedTuple):
-    """Equation (2); zero freezes a part."""
-
-    embeddings: float | jax.Array
-    offsets: float | jax.Array
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,8 @@ class TuningConfig:
         crop: smallest side of a crop, as a share of the picture's.
         flip: whether a view may be mirrored.
         norm_weight: `lambda_n`.
+        remat: compute the UNet's inner states again for the gradient instead of keeping them, for a fraction of the
+            memory at a third more work.
     """
 
     draws: int = 8
@@ -53,6 +49,7 @@ class TuningConfig:
     crop: float = 0.9
     flip: bool = True
     norm_weight: float = 1e-3
+    remat: bool = False
 
 
 class Problem(NamedTuple):
@@ -61,19 +58,22 @@ class Problem(NamedTuple):
     Attributes:
         base: the frozen model.
         latents: the views, `[views, h, w, c]`.
-        soft_ids, hard_ids: the template with the placeholder and with the nearest word, `[1, L]`.
+        soft_ids: the template with the placeholder, `[1, L]`.
+        hard: the template read with the nearest word; None for the soft path alone.
         blend: weight of the soft path, scalar.
         rates: learning rates.
         key: of all draws.
+        soft: the template read with the embeddings, where these are not tuned; `soft_ids` then does not matter.
     """
 
     base: Base
     latents: jax.Array
     soft_ids: jax.Array
-    hard_ids: jax.Array
+    hard: Condition | None
     blend: jax.Array
     rates: LearningRates
     key: jax.Array
+    soft: Condition | None = None
 
 
 class TuneState(NamedTuple):
@@ -121,21 +121,21 @@ def tune_loss(variables: Variables, problem: Problem, draw_key: jax.Array, confi
     noise = jax.random.normal(noise_key, latents.shape)
     alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[t]
 
-    def repeated(context: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(context, (count, *context.shape[1:]))
+    def repeated(condition: Condition) -> Condition:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), condition)
 
-    soft = base.text(problem.soft_ids, variables.embeddings).last_hidden
-    hard = base.text(problem.hard_ids).last_hidden
-    prediction = base.unet(
+    soft = problem.soft or base.condition(problem.soft_ids, variables.embeddings)
+    prediction = base.denoise(
         add_noise(latents, noise, alpha_bar),
         t,
         repeated(soft),
+        hard=problem.hard and repeated(problem.hard),
         offsets=variables.offsets,
-        hard_context=repeated(hard),
         blend=problem.blend,
+        remat=config.remat,
     )
     error = denoising_loss(prediction, target(latents, noise, alpha_bar, base.schedule.prediction_type))
-    penalty = norm_penalty(variables.embeddings, mean_norm(base.table, base.words))
+    penalty = norm_penalty(variables.embeddings, base.word_norm)
     return error.mean() + config.norm_weight * penalty.mean()
 
 
@@ -166,6 +166,9 @@ def _tune(state: TuneState, problem: Problem, *, steps: int, config: TuningConfi
 tune = Program("tuning", _tune, static_argnames=("steps", "config"), donate_argnames=("state",))
 """`tune(state, problem, steps=12, config=...) -> (state, losses [steps])`: one program; the state is donated."""
 
+
+read_prompt = Program("prompt reading", Base.condition)
+"""`read_prompt(base, ids [1, L], embeddings) -> Condition`."""
 
 encode_views_program = Program("picture encoding", encode_views, static_argnames=("config",))
 """`encode_views` compiled ahead."""

@@ -16,6 +16,18 @@ Params = dict[str, jax.Array]
 """A model's parameters under their Hugging Face names, in Flax layouts."""
 
 
+class Condition(NamedTuple):
+    """What the UNet is told of prompts.
+
+    Attributes:
+        context: text states `[batch, l, d]`, what it attends to.
+        pooled: `[batch, p]`, what XL is told of a prompt as a whole; None for other models.
+    """
+
+    context: jax.Array
+    pooled: jax.Array | None = None
+
+
 class Added(NamedTuple):
     """What the UNet of Stable Diffusion XL is told beside the context.
 
@@ -49,8 +61,8 @@ class Concept:
     """A personalized concept: what turns the placeholder token of a prompt into one particular thing.
 
     Attributes:
-        embeddings: `[n, d]` float32, the token vectors that the placeholder stands for; where the base model has two text
-            towers, the vectors of both side by side.
+        embeddings: `[n, d]` float32, the token vectors that the placeholder stands for; of a base model with two text
+            towers, the vectors for both, side by side.
         offsets: weight offsets of the UNet's attention, unbatched.
         token: the placeholder as it is written in prompts, such as `S*`.
         blend: weight of the soft path in dual-path sampling; 1 means the soft path alone.
@@ -96,3 +108,10 @@ class Variables(NamedTuple):
 
     embeddings: jax.Array
     offsets: Offsets
+
+
+class LearningRates(NamedTuple):
+    """Of tuning, one for each part of `Variables`; zero freezes a part."""
+
+    embeddings: float | jax.Array
+    offsets: float | jax.Array

@@ -11,7 +11,7 @@ from datencoder_jax.evaluation.suite import Row, instances, make_bench, read_row
 from datencoder_jax.toyworld.captions import prompt_for
 from datencoder_jax.toyworld.dataset import render_batch
 from datencoder_jax.toyworld.world import Context
-from datencoder_jax.tuning import LearningRates
+from datencoder_jax.typing import LearningRates
 
 
 @pytest.fixture(scope="module")

@@ -326,7 +326,7 @@ def task(pipeline):
     """The encoder's task on random pictures; concepts 0 and 1 have two views each in every batch."""
     shots = pictures(8).reshape(4, 2, 16, 16, 3)
     latents = np.random.default_rng(0).standard_normal((4, 2, 8, 8, 4)).astype(np.float16)
-    ids = pipeline.tokenizer.encode(["a photo of S*", "S* at night"] * 4, "S*").reshape(4, 2, -1)
+    ids = pipeline.tokenizer.encode(["a photo of S*", "S* at night"] * 4, {"S*": 1}).reshape(4, 2, -1)
     source = PairSource(shots, latents, ids)
     frozen = Frozen(pipeline.base, jnp.asarray(pipeline.tokenizer.encode([""])))
     weights = Weights(contrastive=0.5, norm=1e-2, temperature=0.1, neighbours=3, gamma=5.0)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from datencoder_jax.models.module import Model
-from datencoder_jax.typing import Features
+from datencoder_jax.typing import Added, Features
 
 
 def tapped_layers(layers: int) -> tuple[int, ...]:
@@ -29,23 +29,31 @@ def vision_features(vision: Model, pixels: jax.Array) -> tuple[jax.Array, jax.Ar
     return classes, hidden[taps[-1]][:, 1:]
 
 
-def denoiser_features(unet: Model, latents: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
+def denoiser_features(
+    unet: Model, latents: jax.Array, t: jax.Array, context: jax.Array, added: Added | None = None
+) -> jax.Array:
     """Equation (3): `latents [batch, h, w, c]`, `t [batch]`, empty prompt `[batch, l, d]` -> float32 `[batch, n]`."""
-    maps = unet.bind().features(latents, t, context)
+    maps = unet.bind().features(latents, t, context, added)
     return jnp.concatenate([m.astype(jnp.float32).mean(axis=(1, 2)) for m in maps], axis=-1)
 
 
 def extract(
-    vision: Model, unet: Model, pixels: jax.Array, latents: jax.Array, t: jax.Array, context: jax.Array
+    vision: Model,
+    unet: Model,
+    pixels: jax.Array,
+    latents: jax.Array,
+    t: jax.Array,
+    context: jax.Array,
+    added: Added | None = None,
 ) -> Features:
     """All features, under `stop_gradient`.
 
     Args:
         pixels: the vision tower's input `[pictures, H, W, 3]`.
         latents: noisy latents `[pictures * n, h, w, c]`: n for each picture in turn, which is looked at once.
-        t, context: of each latent, `[pictures * n]` and `[pictures * n, l, d]`.
+        t, context, added: of each latent, `[pictures * n]` and `[pictures * n, l, d]`; `added` for XL.
     """
     each = len(latents) // len(pixels)
     classes, patches = (jnp.repeat(states, each, axis=0) for states in vision_features(vision, pixels))
-    pooled = denoiser_features(unet, latents, t, context)
+    pooled = denoiser_features(unet, latents, t, context, added)
     return jax.lax.stop_gradient(Features(classes.astype(jnp.float32), patches.astype(jnp.float32), pooled, t))

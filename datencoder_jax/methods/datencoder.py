@@ -48,9 +48,10 @@ def predict_each(
         Variables with a batch axis.
     """
     noisy = add_noise(latents, noise, jnp.asarray(alphas_cumprod(base.schedule))[t])
-    empty = base.text(empty_ids).last_hidden
-    context = jnp.broadcast_to(empty, (len(latents), *empty.shape[1:]))
-    return encoder(extract(base.eyes, base.unet, base.vision_input(images), noisy, t, context))
+    empty = base.condition(empty_ids)
+    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), empty)
+    added = base.added(noisy, empty.pooled)
+    return encoder(extract(base.eyes, base.unet, base.vision_input(images), noisy, t, empty.context, added))
 
 
 def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array) -> Variables:

@@ -14,7 +14,6 @@ from datencoder_jax.checkpoints.weights import read_params
 from datencoder_jax.encoder.features import denoiser_features, tapped_layers
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
 from datencoder_jax.models.module import Model, abstract_params
-from datencoder_jax.objectives.norm import mean_norm
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline
 from datencoder_jax.prompts import TEMPLATE
 from datencoder_jax.toyworld.captions import prompt_for
@@ -35,14 +34,17 @@ def encoder_config(pipeline: Pipeline, **sizes) -> EncoderConfig:
     side, channels = base.unet.config.sample_size, base.unet.config.in_channels
     latents = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     context = jax.ShapeDtypeStruct((1, pipeline.tokenizer.length, base.table.shape[1]), jnp.float32)
-    pooled = jax.eval_shape(denoiser_features, base.unet, latents, jax.ShapeDtypeStruct((1,), jnp.int32), context)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    width = base.unet.config.pooled_width
+    added = jax.eval_shape(base.added, latents, jax.ShapeDtypeStruct((1, width), jnp.float32)) if width else None
+    pooled = jax.eval_shape(denoiser_features, base.unet, latents, t, context, added)
     return EncoderConfig(
         vision_width=vision.hidden_size,
         vision_taps=len(tapped_layers(vision.num_hidden_layers)),
         denoiser_width=pooled.shape[1],
         embedding_dim=base.table.shape[1],
         inventory=tuple((path, *shape) for path, shape in attention_shapes(base.unet).items()),
-        reference_norm=float(mean_norm(base.table, base.words)),
+        reference_norm=float(base.word_norm),
         **sizes,
     )
 
@@ -65,7 +67,7 @@ def concept_views(pipeline: Pipeline, split: str, data, seed: int, classes: tupl
     pictures = np.stack(images)
     latents = encode_latents(pipeline.base.vae, pictures.reshape(-1, *pictures.shape[2:]))
     shape = (data.concepts, data.views)
-    tokens = pipeline.tokenizer.encode(prompts, TOKEN)
+    tokens = pipeline.tokenizer.encode(prompts, {TOKEN: 1})
     return PairSource(pictures, latents.reshape(*shape, *latents.shape[1:]), tokens.reshape(*shape, -1))
 
 

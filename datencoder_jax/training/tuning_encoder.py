@@ -33,7 +33,7 @@ from datencoder_jax.methods.datencoder import levels, predict_each
 from datencoder_jax.models.module import Model, init_params
 from datencoder_jax.objectives.contrastive import contrastive_dense, contrastive_ring, nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
-from datencoder_jax.objectives.norm import mean_norm, norm_penalty
+from datencoder_jax.objectives.norm import norm_penalty
 from datencoder_jax.pipeline import Base
 from datencoder_jax.sampling import Request, decode, sample_latents
 from datencoder_jax.typing import Variables
@@ -143,7 +143,7 @@ class TuningEncoderTask:
         denoise = snr_weight(alpha_bar, weights.gamma, kind) * error
 
         contrast = self._contrastive(v, batch["concepts"], base)
-        penalty = norm_penalty(v, mean_norm(base.table, base.words))
+        penalty = norm_penalty(v, base.word_norm)
         total = denoise + weights.contrastive * contrast + weights.norm * penalty
         return total.mean(), {
             "denoise": denoise.mean(),
@@ -159,12 +159,12 @@ class TuningEncoderTask:
         """The dual-path prediction for every sample under its own prompt, variables and nearest word `[batch, 1]`."""
         soft = variables.embeddings
         hard = soft + jax.lax.stop_gradient(base.table[words].astype(soft.dtype) - soft)
-        return base.unet(
+        return base.denoise(
             noisy,
             t,
-            base.text(ids, soft).last_hidden,
+            base.condition(ids, soft),
+            hard=base.condition(ids, hard),
             offsets=variables.offsets,
-            hard_context=base.text(ids, hard).last_hidden,
             blend=self.config.blend,
         )
 

@@ -1,0 +1,51 @@
+"""Settings by the memory of the device: what is given up, in what order, so that a model fits.
+
+A program needs its weights, and room to work. Room is made by fewer draws per tuning step, by computing the UNet's
+inner states again for the gradient instead of keeping them (`remat`), and by fewer pictures at a time. Fewer weights
+are there at once when every network stays with the host and visits the device while it is needed (`in_parts`).
+`docs/memory.md` has what each setting takes.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a device's memory allows.
+
+    Attributes:
+        draws: samples per tuning step.
+        remat: recompute instead of keeping.
+        in_parts: networks stay with the host and visit the device.
+        batch: pictures sampled at a time.
+    """
+
+    draws: int = 8
+    remat: bool = False
+    in_parts: bool = False
+    batch: int = 16
+
+
+PRESETS = {
+    8: Memory(draws=1, remat=True, in_parts=True, batch=1),
+    16: Memory(draws=4, remat=True, in_parts=True, batch=2),
+    24: Memory(draws=8, remat=True, batch=4),
+}
+"""By GB of the device's memory."""
+
+
+def choose(large: bool) -> Memory:
+    """The settings for this machine where none are asked for.
+
+    Args:
+        large: whether the model is one of Stable Diffusion's size; a small one needs no settings.
+    """
+    if not large:
+        return Memory()
+    if jax.default_backend() == "cpu":
+        return Memory(draws=4, remat=True, batch=1)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    fitting = [preset for size, preset in PRESETS.items() if limit and limit < 1.5 * size * 1e9]
+    return fitting[0] if fitting else Memory()
