@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_helpers import TARGET, draw_offsets, nchw, nhwc, tiny_concept
+from export_helpers import draw_offsets, nchw, nhwc, tiny_concept, write_tiny_xl
 from tiny import write_tiny_base
 
 from datencoder_jax.checkpoints.concept_file import save_concept
-from datencoder_jax.checkpoints.export import export_concept
+from datencoder_jax.checkpoints.export import Target, export_concept
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.pipeline import attention_shapes, read_pipeline
 from datencoder_jax.sampling import Request, sample_latents
@@ -26,17 +26,20 @@ PROMPTS = ["a photo of a S* on the beach", "S* beside a S*"]
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture(scope="module", params=["SD", "XL"])
+def exported(request, tmp_path_factory):
     """Our pipeline, a concept, the folder it is exported to, and the base model's folder."""
     folder = tmp_path_factory.mktemp("dual")
-    base = write_tiny_base(folder)
+    base = write_tiny_base(folder) if request.param == "SD" else write_tiny_xl(folder)
     scheduler = base / "scheduler" / "scheduler_config.json"
     # diffusers' pipeline insists on Stable Diffusion's own offset, whatever the file says.
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"steps_offset": 1, "set_alpha_to_one": False}))
+    settings = json.loads(scheduler.read_text()) | {"_class_name": "DDIMScheduler", "clip_sample": False}
+    scheduler.write_text(json.dumps(settings | {"steps_offset": 1, "set_alpha_to_one": False}))
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]}))
     pipeline = read_pipeline(base, "tiny")
     concept = tiny_concept(pipeline)
-    export_concept(folder / "out", concept, TARGET, name="toy", kinds=["diffusers"])
+    export_concept(folder / "out", concept, Target(pipeline.base.widths, 16), name="toy", kinds=["diffusers"])
     return pipeline, concept, folder / "out", base
 
 
@@ -70,7 +73,7 @@ def our_latents(pipeline, concept, noise, guidance, negative):
     request = Request(
         jnp.asarray(soft),
         hard,
-        jnp.asarray(tokenizer.encode([negative])),
+        None if negative is None and pipeline.base.zero_empty else jnp.asarray(tokenizer.encode([negative or ""])),
         jnp.asarray(noise),
         jnp.float32(guidance),
         jnp.float32(concept.blend),
@@ -79,7 +82,7 @@ def our_latents(pipeline, concept, noise, guidance, negative):
     return jax.jit(sample_latents)(pipeline.base, plan, request, variables)
 
 
-@pytest.mark.parametrize(("guidance", "negative", "num"), [(3.0, "", 1), (2.0, "red square", 2), (1.0, "", 1)])
+@pytest.mark.parametrize(("guidance", "negative", "num"), [(3.0, None, 1), (2.0, "red square", 2), (1.0, "", 1)])
 def test_draws_the_same_along_both_paths(exported, theirs, guidance, negative, num):
     pipeline, concept, out, _ = exported
     noise = np.random.default_rng(3).standard_normal((len(PROMPTS) * num, 8, 8, 4), dtype=np.float32)
@@ -95,9 +98,9 @@ def test_draws_the_same_along_both_paths(exported, theirs, guidance, negative, n
 
 def test_without_a_concept_it_is_the_plain_pipeline(exported, theirs):
     _, _, _, base = exported
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    plain = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    plain = DiffusionPipeline.from_pretrained(base, local_files_only=True)
     plain.set_progress_bar_config(disable=True)
     noise = nchw(np.random.default_rng(3).standard_normal((1, 8, 8, 4), dtype=np.float32))
     options = {"num_inference_steps": 2, "latents": noise, "output_type": "latent"}
@@ -111,7 +114,7 @@ def test_refuses_what_does_not_belong(exported, theirs, tmp_path):
     with pytest.raises(ValueError, match="not a concept file"):
         theirs.load_concept(out / "learned_embeds.safetensors")
     for changes, match in [
-        ({"embeddings": np.ones((1, 7), np.float32)}, "token vectors of 7; this model's are of 12"),
+        ({"embeddings": np.ones((1, 7), np.float32)}, "token vectors of 7; this model's are of (12|28)"),
         ({"offsets": draw_offsets({"down_blocks.7.to_q": (8, 8)})}, "changes offsets.down_blocks.7.to_q.down"),
         ({"offsets": draw_offsets({first: (9, 8)})}, "differs in shape"),
     ]:

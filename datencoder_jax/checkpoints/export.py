@@ -127,7 +127,7 @@ def _writers(
         token = diffusers_token(concept.token, len(concept.embeddings))
         vectors = embedding_tensors(concept.embeddings, target.widths, token)
         tensors(embedding_files.DIFFUSERS_FILE, vectors, _PT)
-        writers["pipeline.py"] = partial(_write_text, text=_PIPELINE.read_text("utf-8"))
+        writers["pipeline.py"] = partial(_write_text, text=_pipeline_code(target))
     if "kohya" in kinds and concept.offsets:
         metadata = _PT | _training_metadata(concept, target, name) | _model_spec(concept, target, name, "lora")
         if thumbnail:
@@ -138,6 +138,12 @@ def _writers(
         metadata = _PT | _model_spec(concept, target, f"{name}_emb", "textual-inversion")
         tensors(f"{name}_emb.safetensors", vectors, metadata)
     return writers
+
+
+def _pipeline_code(target: Target) -> str:
+    """The pipeline for diffusers, made of the plain one for the base model."""
+    code = _PIPELINE.read_text("utf-8")
+    return code if len(target.widths) == 1 else code.replace("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def _training_metadata(concept: Concept, target: Target, name: str) -> dict[str, str]:

@@ -13,9 +13,11 @@ blends the two:
     hard = softmax(q' k'^T / sqrt(d)) v', q' = h W_q,          k' = c' W_k,         v' = c' W_v
     out  = alpha soft (W_o + dW_o) + (1 - alpha) hard W_o + b
 
-The negative prompt goes along both paths too. Dual-path adaptation is section 4 of arXiv 2307.06925.
+The negative prompt goes along both paths too, and where the model takes pooled text (XL) that is blended likewise.
+Dual-path adaptation is section 4 of arXiv 2307.06925.
 """
 
+import inspect
 import re
 from typing import NamedTuple
 
@@ -25,10 +27,14 @@ from safetensors import safe_open
 from torch import nn
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+_GUIDANCE = inspect.signature(StableDiffusionPipeline.__call__).parameters["guidance_scale"].default
 
 
 class Concept(NamedTuple):
-    """The placeholder, the hard path's word, the weight of the soft path, and token vectors `[n, d]`."""
+    """The placeholder, the hard path's word, the weight of the soft path, and token vectors `[n, d]`.
+
+    Where there are two text encoders, `d` holds the first one's vector and then the second one's.
+    """
 
     token: str
     word: str
@@ -88,7 +94,7 @@ class DualPathAttention(nn.Module):
 
 
 class DualPathPipeline(StableDiffusionPipeline):
-    """Stable Diffusion 1.x and 2.x with one concept; until one is loaded, the plain pipeline."""
+    """The base model's pipeline with one concept; until one is loaded, the plain pipeline."""
 
     concept: Concept | None = None
 
@@ -104,7 +110,7 @@ class DualPathPipeline(StableDiffusionPipeline):
                 raise ValueError(f"{path} is not a concept file.")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         vectors = tensors.pop("embeddings")
-        width = self.text_encoder.get_input_embeddings().embedding_dim
+        width = sum(self._widths)
         if vectors.shape[1] != width:
             raise ValueError(f"{path} was made for token vectors of {vectors.shape[1]}; this model's are of {width}.")
         self.unet.set_attn_processor(self._processors(path, tensors))
@@ -138,7 +144,7 @@ class DualPathPipeline(StableDiffusionPipeline):
         *,
         negative_prompt=None,
         num_images_per_prompt=1,
-        guidance_scale=7.5,
+        guidance_scale=_GUIDANCE,
         blend=None,
         **options,
     ):
@@ -151,19 +157,25 @@ class DualPathPipeline(StableDiffusionPipeline):
         concept = self.concept
         if concept is None:
             return super().__call__(prompt, negative_prompt=negative_prompt, **options)
+        blend = concept.blend if blend is None else blend
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = negative_prompt if isinstance(negative_prompt, list | tuple) else [negative_prompt or ""]
-        soft = self._states([self._soft_ids(text, concept) for text in prompts], concept.vectors)
-        hard = self._states([self._ids(concept.in_words(text)) for text in prompts])
-        negative = self._states([self._ids(text) for text in negatives]).expand(len(prompts), -1, -1)
+        soft = self._read([self._soft_ids(text, concept) for text in prompts], concept.vectors)
+        hard = self._read([self._ids(concept.in_words(text)) for text in prompts])
+        negative = self._read([self._ids(text) for text in negatives])
+        if negative_prompt is None and self.config.get("force_zeros_for_empty_prompt"):
+            negative = tuple(torch.zeros_like(x) for x in negative)
+        negative = tuple(x.expand(len(prompts), *x.shape[1:]) for x in negative)
         both = [negative, hard] if guidance_scale > 1 else [hard]  # as the plain pipeline joins its halves
-        paths = {
-            "hard": torch.cat([states.repeat_interleave(num_images_per_prompt, dim=0) for states in both]),
-            "blend": concept.blend if blend is None else blend,
+        options["cross_attention_kwargs"] = {
+            "hard": torch.cat([states.repeat_interleave(num_images_per_prompt, dim=0) for states, *_ in both]),
+            "blend": blend,
         }
-        return super().__call__(
-            prompt_embeds=soft, negative_prompt_embeds=negative, cross_attention_kwargs=paths, **options
-        )
+        options |= {"prompt_embeds": soft[0], "negative_prompt_embeds": negative[0]}
+        for soft_pooled, hard_pooled, negative_pooled in zip(soft[1:], hard[1:], negative[1:], strict=True):
+            options["pooled_prompt_embeds"] = blend * soft_pooled + (1 - blend) * hard_pooled
+            options["negative_pooled_prompt_embeds"] = negative_pooled
+        return super().__call__(**options)
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -184,12 +196,32 @@ class DualPathPipeline(StableDiffusionPipeline):
         """Tokens of a prompt between the marks of its start and end."""
         return self.text_encoder.config.max_position_embeddings - 2
 
-    def _states(self, prompts, vectors=None):
-        """Text states of prompts given by their ids, cut or padded to the text encoder's length."""
-        words, room, device = self.tokenizer, self._room, self._execution_device
+    @property
+    def _towers(self):
+        """Tokenizers and text encoders."""
+        if not hasattr(self, "text_encoder_2"):
+            return [(self.tokenizer, self.text_encoder)]
+        return [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
+
+    @property
+    def _widths(self):
+        return [tower.get_input_embeddings().embedding_dim for _, tower in self._towers]
+
+    def _read(self, prompts, vectors=None):
+        """Text states of prompts given by their ids; with two text encoders, pooled text after them."""
+        parts = [None] * len(self._towers) if vectors is None else vectors.split(self._widths, dim=1)
+        outputs = [self._encode(*tower, prompts, part) for tower, part in zip(self._towers, parts, strict=True)]
+        if len(outputs) == 1:
+            return (outputs[0].last_hidden_state.to(self.unet.dtype),)
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return states.to(self.unet.dtype), outputs[1].text_embeds.to(self.unet.dtype)
+
+    def _encode(self, words, tower, prompts, vectors):
+        """What a text encoder says of ids, cut or padded to its length."""
+        room, device = self._room, self._execution_device
         rows = [[words.bos_token_id, *ids[:room], words.eos_token_id] for ids in prompts]
         ids = torch.tensor([row + [words.pad_token_id] * (room + 2 - len(row)) for row in rows], device=device)
-        table = self.text_encoder.get_input_embeddings()
+        table = tower.get_input_embeddings()
         past = ids >= table.num_embeddings
 
         def splice(module, inputs, output):
@@ -201,6 +233,6 @@ class DualPathPipeline(StableDiffusionPipeline):
 
         hook = table.register_forward_hook(splice)
         try:
-            return self.text_encoder(ids.masked_fill(past, 0))[0].to(self.unet.dtype)
+            return tower(ids.masked_fill(past, 0), output_hidden_states=True)
         finally:
             hook.remove()
