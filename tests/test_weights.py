@@ -2,6 +2,7 @@
 
 import json
 import struct
+import weakref
 
 import jax
 import ml_dtypes
@@ -12,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from datencoder_jax.checkpoints.components import COMPONENTS
 from datencoder_jax.checkpoints.folders import read_base, read_component, write_component
+from datencoder_jax.checkpoints.keys import Tensors
 from datencoder_jax.checkpoints.layouts import from_torch_layout, to_torch_layout
+from datencoder_jax.checkpoints.weights import place
 from datencoder_jax.models.unet import UNetConfig
 
 # Importing torch and its friends warns about Python's own future.
@@ -131,3 +134,19 @@ def test_wrong_shapes_and_types_in_a_file(base):
     refuses(r"conv_in.weight is \[8, 9, 3, 3\] instead of \[8, 4, 3, 3\]", read_base, base)
     save_file(arrays | {"conv_in.bias": np.zeros(8, np.int8)}, weights)
     refuses("conv_in.bias is of type I8", read_base, base)
+
+
+def test_one_tensor_at_a_time_is_on_the_host():
+    shapes = {f"p{i}.weight": (64, 64) for i in range(6)}
+    abstract = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    made, counts = [], []
+
+    def read():
+        array = np.zeros((64, 64), np.float16)
+        made.append(weakref.ref(array))
+        counts.append(sum(reference() is not None for reference in made))
+        return array
+
+    params = place(Tensors(dict.fromkeys(shapes, read)), abstract, dtype="bfloat16", origin="the file")
+    assert len(params) == len(counts) == 6 and max(counts) <= 2 and made[-1]() is None
+    assert {str(value.dtype) for value in params.values()} == {"bfloat16"}

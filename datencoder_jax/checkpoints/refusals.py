@@ -18,7 +18,7 @@ _LORA = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".hada_w1_a
 def conversion_hint(source: str) -> str:
     """How to turn the pickled pipeline `source` into safetensors, in one line."""
     return (
-        'convert them once with: python -c "from diffusers import StableDiffusionPipeline as P; '
+        'convert them once with: python -c "from diffusers import DiffusionPipeline as P; '
         f"P.from_pretrained('{source}').save_pretrained('converted')\""
     )
 
