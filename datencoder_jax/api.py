@@ -1,11 +1,9 @@
-"""The three calls that do everything: `load`, `personalize`, `generate`."""
+"""The three calls that do everything: `load`, `personalize`, `generate`; and those that load what others made."""
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,26 +12,23 @@ import numpy as np
 from tqdm import tqdm
 
 from datencoder_jax import sampling, tuning
-from datencoder_jax.checkpoints.encoder_folder import read_encoder
-from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
 from datencoder_jax.composition import compose
 from datencoder_jax.data.images import to_float
 from datencoder_jax.data.reading import fit_square
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
-from datencoder_jax.memory import PRESETS, choose
+from datencoder_jax.loading import import_embedding, import_lora, load, nearest_words
 from datencoder_jax.methods import METHODS, datencoder
 from datencoder_jax.methods.words import from_words
-from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
+from datencoder_jax.pipeline import Pipeline, attention_shapes
 from datencoder_jax.prompts import TEMPLATE, check_prompts
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import AnyArray, Concept, Condition, LearningRates, Variables
 
+__all__ = ["Generated", "Personalized", "generate", "import_embedding", "import_lora", "load", "personalize"]
+
 _PERSONALIZE, _GENERATE, _FRESH = 0, 1, 2
 """Streams of a seed's draws: pictures must not start from the noise their concept was seen under."""
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_LARGE = 1e9
-"""Bytes of weights from which on a model is one of Stable Diffusion's size."""
 
 
 @dataclass(frozen=True)
@@ -60,68 +55,6 @@ class Generated:
 
     images: np.ndarray
     report: dict[str, Any]
-
-
-def load(
-    model: str | Path = TOYWORLD,
-    *,
-    encoder: str | Path | None = None,
-    vision: str | Path | None = None,
-    dtype: str = "auto",
-    memory: int | None = None,
-    prediction_type: str | None = None,
-) -> Pipeline:
-    """A base model with its tuning-encoder.
-
-    Args:
-        model: "toyworld" (the embedded model), a diffusers folder, a `.safetensors` checkpoint, or a Hugging Face
-            repository.
-        encoder: folder of a pretrained tuning-encoder; by default the embedded one for "toyworld", none for others.
-        vision: the CLIP vision tower that the encoder looks through, where the model itself has none: a Hugging Face
-            or OpenCLIP folder or file, or a repository.
-        dtype: how the frozen weights are stored: "float32", "bfloat16" or "float16". "auto" is bfloat16, and float32
-            for a small model on a CPU. Accelerators compute with it too, CPUs in float32.
-        memory: GB of the device's memory to get along with, one of `memory.PRESETS`; by default what suits the device.
-        prediction_type: "epsilon" or "v_prediction", for a single-file checkpoint, which does not say.
-
-    Raises:
-        UserError: the model or encoder is missing, damaged, or they do not belong together.
-    """
-    start = time.perf_counter()
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; choose one of: {', '.join(_DTYPES)}")
-    if memory not in (None, *PRESETS):
-        raise UserError(f"there is no setting for {memory} GB of memory; choose one of: {', '.join(map(str, PRESETS))}")
-    path = resolve_base(model)
-    large = _bytes(path) > _LARGE
-    settings = choose(large) if memory is None else PRESETS[memory]
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" and not large else "bfloat16"
-    with jax.default_device(jax.local_devices(backend="cpu")[0]) if settings.in_parts else nullcontext():
-        pipeline = read_pipeline(path, str(model), dtype=dtype, prediction_type=prediction_type)
-        if vision is not None:
-            pipeline = with_vision(pipeline, vision, dtype=dtype)
-    if settings.in_parts:
-        pipeline = replace(pipeline, base=jax.device_get(pipeline.base))
-    if encoder is None and str(model) == TOYWORLD:
-        encoder = path.with_name(f"{TOYWORLD}_encoder")
-    if encoder is not None:
-        if pipeline.base.vision is None:
-            raise UserError(
-                f"{model} has no vision tower (image_encoder), which a tuning-encoder looks through; name one with "
-                "--vision, or leave the encoder out"
-            )
-        found = read_encoder(Path(encoder), pipeline.fingerprint)
-        inventory = {path: (inputs, outputs) for path, inputs, outputs in found.config.inventory}
-        if inventory != attention_shapes(pipeline.base.unet):
-            raise UserError(f"the tuning-encoder in {encoder} does not fill this model's attention projections")
-        pipeline = replace(pipeline, encoder=found)
-    return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
-
-
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
 
 
 def personalize(
@@ -203,7 +136,7 @@ def personalize(
         with _Clock(seconds, "tune", tuning.tune, tuning.encode_views_program, tuning.read_prompt):
             template, tokenizer, texts = [TEMPLATE.format(token)], pipeline.tokenizer, base.only("text", "text_2")
 
-            def read(ids: np.ndarray, embeddings: AnyArray | None) -> Condition:
+            def read(ids: AnyArray, embeddings: jax.Array | None) -> Condition:
                 return tuning.read_prompt(texts, jnp.asarray(ids), embeddings, quiet=quiet)
 
             latents = tuning.encode_views_program(base.only("vae"), pictures, view_key, config=config, quiet=quiet)
@@ -287,12 +220,6 @@ def prepare(pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int | 
     return to_float(np.stack([fit_square(image, side) for image in images]))
 
 
-def nearest_words(pipeline: Pipeline, embeddings: jax.Array, k: int = 5) -> list[tuple[str, float]]:
-    """The `k` whole words nearest to the first of `[n, d]` embeddings, with their cosines."""
-    ids, cosines = (np.asarray(x)[0] for x in tuning.nearest_word_ids(pipeline.base, embeddings, k))
-    return [(pipeline.tokenizer.word(int(i)), float(c)) for i, c in zip(ids, cosines, strict=True)]
-
-
 def generate(
     pipeline: Pipeline,
     prompts: Sequence[str],
@@ -354,7 +281,7 @@ def generate(
         _blend(None, blend if composition is None else composition.blend if blend is None else blend),
     )
     if composition is not None:
-        variables, placeholders = jax.tree.map(jnp.asarray, composition.variables), composition.placeholders
+        variables, placeholders = composition.variables, composition.placeholders
         if blend < 1.0:  # at 1 there is only the soft path
             hard = tokenizer.encode(prompts, words=composition.words)
     soft = tokenizer.encode(prompts, placeholders)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax import api
+from datencoder_jax import methods as product
 from datencoder_jax.data.images import to_float
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.judge import load_judge
@@ -42,7 +43,6 @@ from datencoder_jax.evaluation.suite import (
     truth,
     write_rows,
 )
-from datencoder_jax.methods import METHODS
 from datencoder_jax.methods.words import from_words
 from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import Base, Pipeline, attention_shapes
@@ -73,7 +73,7 @@ class Method:
     name: str
     start: str = "encoder"
     steps: int = 12
-    rates: LearningRates = METHODS["datencoder"].rates
+    rates: LearningRates = product.METHODS["datencoder"].rates
     blend: float | None = None
     offsets: bool = True
     embeddings: bool = True

@@ -40,7 +40,7 @@ def enable_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, str | bool]:
     """What every program is compiled with.
 
     On CPUs XLA orders operations for concurrency by default, which computes early what `jax.checkpoint` puts off, and

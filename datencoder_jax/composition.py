@@ -11,6 +11,7 @@ a placeholder, an embedding from elsewhere one without offsets.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax.errors import UserError
@@ -55,7 +56,7 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
     blends = [concept.blend for concept in concepts if concept.token and concept.offsets]
     embeddings = np.concatenate([np.asarray(concept.embeddings, np.float32) for concept in concepts])
     return Composition(
-        Variables(embeddings, _summed([concept.offsets for concept in concepts], weights)),
+        Variables(jnp.asarray(embeddings), _summed([concept.offsets for concept in concepts], weights)),
         placeholders,
         words,
         float(np.mean(blends)) if blends else 1.0,
@@ -69,5 +70,5 @@ def _summed(offsets: Sequence[Offsets], weights: Sequence[float]) -> Offsets:
         present = [(each[path], np.float32(w)) for each, w in zip(offsets, weights, strict=True) if path in each]
         down = np.concatenate([np.asarray(offset.down, np.float32) for offset, _ in present], axis=1)
         up = np.concatenate([weight * np.asarray(offset.up, np.float32) for offset, weight in present])
-        total[path] = LowRank(down, up)
+        total[path] = LowRank(jnp.asarray(down), jnp.asarray(up))
     return total

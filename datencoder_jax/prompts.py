@@ -71,10 +71,9 @@ class PromptTokenizer:
         Raises:
             UserError: a prompt is so long that nothing of its placeholders is left.
         """
-        if words is not None:
-            prompts = [
-                _any(words).sub(lambda found: words[found[0]], prompt) if words else prompt for prompt in prompts
-            ]
+        if words:
+            known = dict(words)
+            prompts = [_any(known).sub(lambda found: known[found[0]], prompt) for prompt in prompts]
         # The hard prompt goes with a soft one, which has said what is cut.
         return np.array([self._encode(prompt, placeholders or {}, words is None) for prompt in prompts], np.int32)
 

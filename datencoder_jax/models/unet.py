@@ -291,7 +291,7 @@ class UNet2DConditionModel(nnx.Module):
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], act=config.act_fn, **common)
         self.add_embedding = (
             TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, 4 * channels[0], act=config.act_fn, **common
+                config.projection_class_embeddings_input_dim or 0, 4 * channels[0], act=config.act_fn, **common
             )
             if config.addition_embed_type
             else None

@@ -1,0 +1,124 @@
+"""What is loaded before anything is made: base models with their encoders, LoRA and embedding files of others."""
+
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from datencoder_jax import tuning
+from datencoder_jax.checkpoints.embedding_files import read_embedding
+from datencoder_jax.checkpoints.encoder_folder import read_encoder
+from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
+from datencoder_jax.checkpoints.lora_files import read_lora
+from datencoder_jax.errors import UserError
+from datencoder_jax.memory import PRESETS, choose
+from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
+from datencoder_jax.typing import Concept, Offsets
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""How weights may be stored."""
+
+_LARGE = 1e9
+"""Bytes of weights from which on a model is one of Stable Diffusion's size."""
+
+
+def load(
+    model: str | Path = TOYWORLD,
+    *,
+    encoder: str | Path | None = None,
+    vision: str | Path | None = None,
+    dtype: str = "auto",
+    memory: int | None = None,
+    prediction_type: str | None = None,
+) -> Pipeline:
+    """A base model with its tuning-encoder.
+
+    Args:
+        model: "toyworld" (the embedded model), a diffusers folder, a `.safetensors` checkpoint, or a Hugging Face
+            repository.
+        encoder: folder of a pretrained tuning-encoder; by default the embedded one for "toyworld", none for others.
+        vision: the CLIP vision tower that the encoder looks through, where the model itself has none: a Hugging Face
+            or OpenCLIP folder or file, or a repository.
+        dtype: how the frozen weights are stored: "float32", "bfloat16" or "float16". "auto" is bfloat16, and float32
+            for a small model on a CPU. Accelerators compute with it too, CPUs in float32.
+        memory: GB of the device's memory to get along with, one of `memory.PRESETS`; by default what suits the device.
+        prediction_type: "epsilon" or "v_prediction", for a single-file checkpoint, which does not say.
+
+    Raises:
+        UserError: the model or encoder is missing, damaged, or they do not belong together.
+    """
+    start = time.perf_counter()
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; choose one of: {', '.join(DTYPES)}")
+    if memory not in (None, *PRESETS):
+        raise UserError(f"there is no setting for {memory} GB of memory; choose one of: {', '.join(map(str, PRESETS))}")
+    path = resolve_base(model)
+    large = _bytes(path) > _LARGE
+    settings = choose(large) if memory is None else PRESETS[memory]
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" and not large else "bfloat16"
+    with jax.default_device(jax.local_devices(backend="cpu")[0]) if settings.in_parts else nullcontext():
+        pipeline = read_pipeline(path, str(model), dtype=dtype, prediction_type=prediction_type)
+        if vision is not None:
+            pipeline = with_vision(pipeline, vision, dtype=dtype)
+    if settings.in_parts:
+        pipeline = replace(pipeline, base=jax.device_get(pipeline.base))
+    if encoder is None and str(model) == TOYWORLD:
+        encoder = path.with_name(f"{TOYWORLD}_encoder")
+    if encoder is not None:
+        if pipeline.base.vision is None:
+            raise UserError(
+                f"{model} has no vision tower (image_encoder), which a tuning-encoder looks through; name one with "
+                "--vision, or leave the encoder out"
+            )
+        found = read_encoder(Path(encoder), pipeline.fingerprint)
+        inventory = {path: (inputs, outputs) for path, inputs, outputs in found.config.inventory}
+        if inventory != attention_shapes(pipeline.base.unet):
+            raise UserError(f"the tuning-encoder in {encoder} does not fill this model's attention projections")
+        pipeline = replace(pipeline, encoder=found)
+    return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def import_lora(pipeline: Pipeline, path: str | Path) -> Concept:
+    """A LoRA of another program (diffusers, PEFT, kohya), as a concept without a placeholder for `generate`.
+
+    Raises:
+        UserError: there is no such file, or it is not for the attention layers of this model.
+    """
+    offsets = read_lora(path, attention_shapes(pipeline.base.unet), base=pipeline.name)
+    return _imported(pipeline, np.zeros((0, sum(pipeline.base.widths)), np.float32), offsets)
+
+
+def import_embedding(pipeline: Pipeline, path: str | Path, token: str | None = None) -> Concept:
+    """Token vectors of another program, as a concept without weight offsets for `generate`.
+
+    Args:
+        token: the placeholder; by default the one the file names.
+
+    Raises:
+        UserError: there is no such file, it is not for this model, or it names no token and none is given.
+    """
+    named, vectors = read_embedding(path, pipeline.base.widths)
+    token = token or named
+    if not token:
+        raise UserError(f"{path} names no token; say which placeholder it is to have")
+    return _imported(pipeline, vectors, {}, token, nearest_words(pipeline, jnp.asarray(vectors))[0][0])
+
+
+def _imported(pipeline: Pipeline, vectors: np.ndarray, offsets: Offsets, token: str = "", word: str = "") -> Concept:
+    return Concept(vectors, offsets, token, 1.0, pipeline.name, pipeline.fingerprint, word)
+
+
+def nearest_words(pipeline: Pipeline, embeddings: jax.Array, k: int = 5) -> list[tuple[str, float]]:
+    """The `k` whole words nearest to the first of `[n, d]` embeddings, with their cosines."""
+    ids, cosines = (np.asarray(x)[0] for x in tuning.nearest_word_ids(pipeline.base, embeddings, k))
+    return [(pipeline.tokenizer.word(int(i)), float(c)) for i, c in zip(ids, cosines, strict=True)]
