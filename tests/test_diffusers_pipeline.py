@@ -1,12 +1,14 @@
 """The exported pipeline for diffusers draws what our own sampling draws."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from export_helpers import draw_offsets, nchw, nhwc, tiny_concept, write_tiny_xl
+from PIL import Image
 from tiny import write_tiny_base
 
 from datencoder_jax.checkpoints.concept_file import save_concept
@@ -39,18 +41,24 @@ def exported(request, tmp_path_factory):
     (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]}))
     pipeline = read_pipeline(base, "tiny")
     concept = tiny_concept(pipeline)
-    export_concept(folder / "out", concept, Target(pipeline.base.widths, 16), name="toy", kinds=["diffusers"])
+    export_concept(folder / "out", concept, Target(pipeline.base.widths, 16), name="toy", kinds=["diffusers", "card"])
     return pipeline, concept, folder / "out", base
 
 
 @pytest.fixture
-def theirs(exported, tmp_path, monkeypatch):
-    """diffusers with the exported code, loaded as a user loads it."""
-    from diffusers import DiffusionPipeline
+def modules(tmp_path, monkeypatch):
+    """Where diffusers keeps code that comes with a model."""
     from diffusers.utils import dynamic_modules_utils
 
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.fixture
+def theirs(exported, modules):
+    """diffusers with the exported code, loaded as a user loads it."""
+    from diffusers import DiffusionPipeline
+
     _, _, out, base = exported
     pipe = DiffusionPipeline.from_pretrained(
         base, custom_pipeline=str(out), trust_remote_code=True, local_files_only=True
@@ -125,3 +133,13 @@ def test_refuses_what_does_not_belong(exported, theirs, tmp_path):
     for prompt in ("a photo", "red " * 40 + "S*"):
         with pytest.raises(ValueError, match="does not contain 'S\\*'"):
             theirs(prompt)
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["both paths", "soft path"])
+def test_what_the_card_says_works(exported, modules, tmp_path, monkeypatch, way):
+    pipeline, _, out, base = exported
+    code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[way]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("<this folder>", str(out)).replace('"tiny"', repr(str(base))), {})
+    with Image.open("picture.png") as picture:
+        assert picture.size == (pipeline.resolution, pipeline.resolution)

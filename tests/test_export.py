@@ -247,12 +247,13 @@ def test_the_card(out, tmp_path, concept):
 
     assert 'pipe("a photo of a S* on' in body and 'pipe("a photo of a s* on' in body
 
-    hub = replace(concept, base="someone/some-model", offsets={}, token='"<it>"')
+    hub = replace(concept, base="someone/some-model", blend=1.0, offsets={}, token='"<it>"')
     wide = np.ones((1, 2048), np.float32)
     export_concept(tmp_path, replace(hub, embeddings=wide), Target((768, 1280), 1024), name="it")
     card = (tmp_path / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == "someone/some-model" and front["instance_prompt"] == 'a photo of a "<it>"'
+    assert "LoRA and embedding files hold all of it" in card and "soft path" not in card
     assert "lora" not in card.replace("pytorch_lora", "").replace("LoRA", "") and "samples.png" not in card
     for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         compile(code, "card", "exec")

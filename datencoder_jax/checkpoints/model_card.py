@@ -20,7 +20,7 @@ pipe({prompt}).images[0].save("picture.png")
 ```
 """
 
-_PLAIN = """## diffusers, soft path alone
+_PLAIN = """## diffusers, {plain_way}
 
 ```python
 from diffusers import DiffusionPipeline
@@ -75,6 +75,7 @@ def model_card(
         "prompt": _quoted(f"{prompt} on the beach"),
         "plain_prompt": _quoted(f"a photo of a {plain} on the beach"),
         "token": _quoted(plain),
+        "plain_way": "the soft path alone" if concept.blend < 1 else "without a custom pipeline",
         "name": name,
     }
     sections = [_front_matter(concept, prompt, files, encoders), _introduction(concept, name, files)]
@@ -116,10 +117,16 @@ In prompts it is `{concept.token}`; the common word nearest to it is "{concept.n
 {picture}
 Made with: {made or "settings that were not kept"}.
 
-The concept is drawn along two paths, which every attention layer blends: {concept.blend:g} of the soft path, which has
-the concept, and {1 - concept.blend:g} of the hard path, the base model reading "{concept.nearest_word}". The two
-together are not a change of weights, so LoRA and embedding files hold the soft path alone, and that is what user
-interfaces, and diffusers without `pipeline.py`, draw.
+{_paths(concept)}"""
+
+
+def _paths(concept: Concept) -> str:
+    if concept.blend == 1:
+        return "The concept has one path, and LoRA and embedding files hold all of it.\n"
+    return f"""The concept is drawn along two paths, which every attention layer blends: {concept.blend:g} of the soft
+path, which has the concept, and {1 - concept.blend:g} of the hard path, the base model reading
+"{concept.nearest_word}". The two together are not a change of weights, so LoRA and embedding files hold the soft path
+alone, and that is what user interfaces, and diffusers without `pipeline.py`, draw.
 """
 
 
