@@ -50,7 +50,7 @@ class Generated:
 
     Attributes:
         images: uint8 `[prompts, num, H, W, 3]`.
-        report: `seconds` by stage, `seed`, `guidance`.
+        report: `seconds` by stage, `seed`, `guidance`, `blend`.
     """
 
     images: np.ndarray
@@ -90,7 +90,7 @@ def personalize(
         learning_rates: of `v*` and of the offsets, by default the method's; 0 leaves a part as it starts.
         config: batch of draws, views, crops.
         initial: start from these variables instead of those of the method.
-        hard_word: the word of the hard path, by default the one nearest to the start's embedding.
+        hard_word: the word of the hard path, by default the one nearest to the start's last embedding.
         quiet: print nothing.
 
     Raises:
@@ -129,7 +129,7 @@ def personalize(
             variables = _start(pipeline, method, pictures, word, rank, predict_key, quiet)
             jax.block_until_ready(variables)
     if hard_word is None:
-        hard_word = nearest_words(pipeline, variables.embeddings)[0][0]
+        hard_word = nearest_words(pipeline, variables.embeddings[-1:])[0][0]  # of "sks dog" it is the dog
 
     losses = np.zeros(0, np.float32)
     if steps:
@@ -316,7 +316,8 @@ def generate(
             bar.update(count)
     images = np.concatenate(pictures)
     return Generated(
-        images.reshape(len(prompts), num, *images.shape[1:]), {"seconds": seconds, "seed": seed, "guidance": guidance}
+        images.reshape(len(prompts), num, *images.shape[1:]),
+        {"seconds": seconds, "seed": seed, "guidance": guidance, "blend": blend},
     )
 
 

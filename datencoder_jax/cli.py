@@ -1,12 +1,13 @@
-"""The command line: `datencoder personalize | generate | toyworld | info`, a thin skin over the Python API.
+"""The command line: `datencoder personalize | generate | export | toyworld | info`, a thin skin over the Python API.
 
-Here are the options and what happens on errors; the commands themselves are in `commands.py`, which is imported only
-when one is run, so that help texts come at once.
+Here are the options and what happens on errors; the commands themselves are in `commands/`, imported only when one is
+run, so that help texts come at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import os
@@ -22,6 +23,11 @@ from datencoder_jax.errors import UserError
 from datencoder_jax.toyworld.world import ACCESSORIES, CLASSES, SCENES, STYLES
 
 _MAX_SEED = 2**31 - 1
+# Named again here, since the modules that define them come with jax.
+_METHODS = ("datencoder", "lora", "textual_inversion")
+_STEPS = "12, 200 and 1000"
+_SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-a")
+_KINDS = ("diffusers", "kohya", "embedding", "card")
 
 _EXAMPLES = {
     "datencoder": """\
@@ -32,8 +38,11 @@ _EXAMPLES = {
   datencoder personalize examples/robot.png --out out/robot
   datencoder personalize robot.png --prompt "a photo of a S* on the beach" "a pencil sketch of a S*" --out out/robot
 
+  datencoder personalize cat.jpg --model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+      --method lora --word "sks cat" --memory 16 --export --out out/cat
+
 It writes to the output folder:
-  concept.safetensors   the concept, for `datencoder generate`
+  concept.safetensors   the concept, for `datencoder generate` and `datencoder export`
   input.png             the picture as the model saw it
   01_..._0.png, ...     the pictures, by prompt and number
   samples.png           all of it on one sheet
@@ -41,7 +50,18 @@ It writes to the output folder:
     "generate": """\
   datencoder generate --concept out/robot/concept.safetensors --prompt "a photo of a S* in the city" --out out/city
   datencoder generate --prompt "a photo of a red car on the beach" --num 8 --out out/car
-  datencoder generate --prompt "a robot at night" --sampler dpm++2m --sampling-steps 12 --out out/night""",
+  datencoder generate --prompt "a robot at night" --sampler dpm++2m --sampling-steps 12 --out out/night
+  datencoder generate --concept cat.safetensors 0.8 --concept hat.safetensors --lora ink.safetensors 0.5 \\
+      --prompt "an ink drawing of a C* with a H*" --out out/both""",
+    "export": """\
+  datencoder export out/cat/concept.safetensors --name my-cat --out out/cat/export
+  datencoder export out/cat/concept.safetensors --to kohya embedding --out ComfyUI/models/loras
+
+It writes, by the values of --to:
+  diffusers   pytorch_lora_weights.safetensors, learned_embeds.safetensors, concept.safetensors, pipeline.py
+  kohya       NAME.safetensors, a LoRA for ComfyUI, Forge and A1111
+  embedding   NAME_emb.safetensors, token vectors for the same
+  card        README.md and samples.png, a model card""",
     "toyworld": """\
   datencoder toyworld --out robot.png
   datencoder toyworld --class fish --seed 3 --scene underwater --out fish.png
@@ -106,18 +126,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_personalize(commands)
     _add_generate(commands)
+    _add_export(commands)
     _add_toyworld(commands)
     _add_info(commands)
     return parser
 
 
 def _add_command(commands: Any, name: str, summary: str) -> Callable[..., Any]:
-    """Adds a command that runs the function of its name in `commands.py`; returns its `add_argument`."""
+    """Adds a command that runs the module of its name in `commands/`; returns its `add_argument`."""
 
     def run(args: argparse.Namespace) -> None:
-        from datencoder_jax import commands
-
-        getattr(commands, name)(args)
+        importlib.import_module(f"datencoder_jax.commands.{name}").run(args)
 
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.set_defaults(run=run)
@@ -129,40 +148,111 @@ def _add_personalize(commands: Any) -> None:
         commands, "personalize", "learn a concept from one or several pictures of it, and draw it under prompts"
     )
     add("images", nargs="+", metavar="IMAGE", help="a picture of the thing; further ones must show the same thing")
-    add(
-        "--model",
-        default=TOYWORLD,
-        metavar="NAME",
-        help="toyworld, a diffusers folder, or a Hugging Face id (default: %(default)s)",
-    )
+    _add_model(add, "--model", f"(default: {TOYWORLD})", default=TOYWORLD)
     add("--encoder", metavar="PATH", help="the tuning-encoder's folder (default: the one embedded with toyworld)")
-    add("--steps", type=_integer(0), default=12, help="tuning steps; 0 for the encoder's guess (default: %(default)s)")
+    add(
+        "--vision",
+        metavar="PATH",
+        help="the CLIP vision tower the encoder looks through, where the model has none: a folder, a file or a Hugging "
+        "Face id",
+    )
+    add(
+        "--method",
+        choices=_METHODS,
+        default=_METHODS[0],
+        help=f"{', '.join(_METHODS)}; the latter two need no encoder (default: %(default)s)",
+    )
+    add("--word", metavar="TEXT", help='what these two start at, such as "sks dog" (default: sks, thing)')
+    add("--rank", type=_integer(1), metavar="N", help="of the weight offsets of lora (default: 4)")
+    add("--steps", type=_integer(0), metavar="N", help=f"tuning steps; 0 for the start as it is (default: {_STEPS})")
+    add(
+        "--learning-rates",
+        type=_number(0),
+        nargs=2,
+        metavar=("EMBEDDING", "OFFSETS"),
+        help="0 leaves a part as it starts (default: the method's)",
+    )
     add("--token", default="S*", help="the placeholder that stands for the concept in prompts (default: %(default)s)")
     _add_prompts(add, "each must contain the token (default: four scenes)")
-    _add_drawing(add, "weight of the concept's path against the plain model's (default: the encoder's)")
+    add(
+        "--export",
+        nargs="*",
+        choices=_KINDS,
+        metavar="KIND",
+        help=f"also write files for other programs (see `datencoder export --help`): {', '.join(_KINDS)}; all of them "
+        "when none is named",
+    )
+    _add_name(add)
+    _add_drawing(add, "weight of the concept's path against the plain model's (default: the encoder's, or 1)")
 
 
 def _add_generate(commands: Any) -> None:
-    add = _add_command(commands, "generate", "draw prompts, with a concept or without")
-    add("--concept", metavar="FILE", help="a concept.safetensors; prompts must then contain its token")
+    add = _add_command(commands, "generate", "draw prompts, with concepts or without")
     add(
-        "--model",
-        metavar="NAME",
-        help="toyworld, a diffusers folder, or a Hugging Face id "
-        "(default: the model the concept was made for, or toyworld)",
+        "--concept",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("FILE", "WEIGHT"),
+        help="a concept.safetensors and the weight of its offsets (default: 1); prompts must then contain its token; "
+        "repeat it for several",
     )
+    add(
+        "--lora",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("FILE", "WEIGHT"),
+        help="a LoRA of diffusers, PEFT or kohya and its weight (default: 1)",
+    )
+    add(
+        "--embedding",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("FILE", "TOKEN"),
+        help="token vectors of diffusers, ComfyUI or A1111, and the word that stands for them (default: the file's)",
+    )
+    _add_model(add, "--model", f"(default: the model the concept was made for, or {TOYWORLD})")
     _add_prompts(add, "", required=True)
-    add("--sampler", choices=("ddim", "dpm++2m"), default="ddim", help="(default: %(default)s)")
-    add("--sampling-steps", type=_integer(1), default=25, metavar="N", help="(default: %(default)s)")
-    add(
-        "--guidance",
-        type=_number(0),
-        default=None,
-        metavar="SCALE",
-        help="scale of classifier-free guidance; 1 for none (default: the model's own, such as 2 for toyworld, or 7.5)",
-    )
     add("--negative", default="", metavar="TEXT", help="what the pictures should not show")
     _add_drawing(add, "weight of the concept's path against the plain model's (default: the concept's)")
+
+
+def _add_export(commands: Any) -> None:
+    add = _add_command(commands, "export", "write a concept as the files that other programs load")
+    add("concept", metavar="CONCEPT", help="a concept.safetensors")
+    _add_model(add, "--base", "(default: the model the concept was made for)")
+    add("--to", nargs="+", choices=_KINDS, default=_KINDS, metavar="KIND", help=f"{', '.join(_KINDS)} (default: all)")
+    _add_name(add)
+    add("--samples", type=Path, metavar="PNG", help="for the card (default: samples.png beside the concept)")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the files go; made if missing")
+
+
+def _add_model(add: Callable, option: str, note: str, **extra: Any) -> None:
+    kinds = f"{TOYWORLD}, a diffusers folder, a .safetensors checkpoint, or a Hugging Face id"
+    add(option, metavar="NAME", help=f"{kinds} {note}", **extra)
+    add(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="what the model predicts, where a .safetensors checkpoint does not tell (default: epsilon, what most do)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "bf16", "f16", "f32"),
+        default="auto",
+        help="how the weights are stored (default: %(default)s, bf16 but for a small model on a CPU)",
+    )
+    add(
+        "--memory",
+        type=int,
+        choices=(8, 16, 24),
+        help="get along with so many GB of the device's memory (default: as the device has)",
+    )
+
+
+def _add_name(add: Callable) -> None:
+    add("--name", default="my_concept", help="of the files for ComfyUI, Forge and A1111 (default: %(default)s)")
 
 
 def _add_prompts(add: Callable, note: str, *, required: bool = False) -> None:
@@ -182,6 +272,15 @@ def _add_prompts(add: Callable, note: str, *, required: bool = False) -> None:
 def _add_drawing(add: Callable, blend: str) -> None:
     add("--num", type=_integer(1), default=4, help="pictures per prompt (default: %(default)s)")
     add("--seed", type=_integer(0, _MAX_SEED), default=0, help="the same seed gives the same pictures (default: 0)")
+    add("--resolution", type=_integer(8), metavar="PIXELS", help="side of the pictures (default: the model's own)")
+    add("--sampler", choices=_SAMPLERS, default=_SAMPLERS[0], help=f"{', '.join(_SAMPLERS)} (default: %(default)s)")
+    add("--sampling-steps", type=_integer(1), default=25, metavar="N", help="(default: %(default)s)")
+    add(
+        "--guidance",
+        type=_number(0),
+        metavar="SCALE",
+        help="scale of classifier-free guidance; 1 for none (default: the model's own, such as 2 for toyworld, or 7.5)",
+    )
     add("--blend", type=_number(0, 1), metavar="A", help=blend)
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
 

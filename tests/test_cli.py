@@ -15,13 +15,15 @@ import pytest
 from checkpoint_helpers import PATH, concept, nothing_left
 from PIL import Image
 
-from datencoder_jax import api, pipeline
+from datencoder_jax import api, cli, pipeline
 from datencoder_jax.checkpoints.concept_file import load_concept, save_concept
+from datencoder_jax.checkpoints.export import KINDS
 from datencoder_jax.cli import build_parser, main
 from datencoder_jax.data.reading import fit_square, read_image
 from datencoder_jax.data.writing import check_writable, picture_name, write_files
 from datencoder_jax.diffusion.samplers import SAMPLERS
 from datencoder_jax.errors import UserError
+from datencoder_jax.methods import METHODS
 from datencoder_jax.toyworld.render import render
 from datencoder_jax.toyworld.world import SPLITS, Context, Instance
 
@@ -39,8 +41,9 @@ def calls(monkeypatch):
 
     def personalize(pipeline, images, **options):
         made["personalize"] = (images, options)
-        report = {"nearest_words": [("robot", np.float32(0.5))], "losses": [1.0, float("nan")]}
-        blend = 0.3 if options["blend"] is None else options["blend"]
+        report = {"nearest_words": [("robot", np.float32(0.5))], "losses": [1.0, float("nan")], "steps": 12}
+        report |= {name: options[name] for name in ("steps",) if name in options}
+        blend = options.get("blend", 0.3)
         seconds = {"compile": 2.0, "predict": 0.1, "tune": 3.0}
         return api.Personalized(concept(token=options["token"], blend=blend), report | {"seconds": seconds})
 
@@ -48,7 +51,9 @@ def calls(monkeypatch):
         made["generate"] = (list(prompts), options)
         images = np.zeros((len(prompts), options["num"], 32, 32, 3), np.uint8)
         images += np.arange(options["num"], dtype=np.uint8)[:, None, None, None]
-        return api.Generated(images, {"seconds": {"compile": 1.5, "sample": 4.0}, "guidance": 2.0})
+        return api.Generated(
+            images, {"seconds": {"compile": 1.5, "sample": 4.0}, "guidance": 2.0, "blend": options.get("blend", 1.0)}
+        )
 
     for function in (load, personalize, generate):
         monkeypatch.setattr(api, function.__name__, function)
@@ -85,7 +90,7 @@ def test_personalize_passes_options_on_and_writes_everything(tmp_path, capsys, p
     assert main(argv) == 0
     assert calls["load"] == ("some/model", {"encoder": "enc"})
     images, given = calls["personalize"]
-    assert len(images) == 2 and given == {"steps": 3, "token": "<it>", "blend": 0.4, "seed": 7}
+    assert len(images) == 2 and given == {"method": "datencoder", "steps": 3, "token": "<it>", "blend": 0.4, "seed": 7}
     texts, given = calls["generate"]
     assert texts == ["a <it>", "a sketch of <it>", "<it>!"] and given["num"] == 2 and given["seed"] == 7
     assert given["concept"].token == "<it>"
@@ -127,7 +132,8 @@ def test_generate_passes_options_on(tmp_path, concept_file, calls):
     assert calls["load"] == ("toyworld", {})
     texts, given = calls["generate"]
     given = dict(given)
-    assert given.pop("concept").token == "S*" and texts == ["a S*"]
+    (found,) = given.pop("concept")
+    assert found.token == "S*" and texts == ["a S*"]
     assert given == {
         "num": 1,
         "seed": 3,
@@ -136,6 +142,7 @@ def test_generate_passes_options_on(tmp_path, concept_file, calls):
         "guidance": 2.5,
         "blend": 1.0,
         "negative": "blur",
+        "weights": [1.0],
     }
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"01_a-s_0.png", "samples.png", "report.json"}
     assert json.loads((tmp_path / "o" / "report.json").read_text())["blend"] == 1.0
@@ -147,15 +154,15 @@ def test_defaults_are_the_apis():
     """The fakes hide the real signatures; here the options are compared with those."""
     ours = vars(build_parser().parse_args(["personalize", "a.png", "--out", "o"]))
     theirs = inspect.signature(api.personalize).parameters
-    assert {n: ours[n] for n in ("steps", "token", "blend", "seed")} == {
-        n: theirs[n].default for n in ("steps", "token", "blend", "seed")
-    }
+    names = ("method", "steps", "token", "word", "blend", "seed", "resolution", "learning_rates")
+    assert {n: ours[n] for n in names} == {n: theirs[n].default for n in names}
+    assert ours["rank"] is None and theirs["rank"].default == 4
+    assert tuple(METHODS) == cli._METHODS and tuple(SAMPLERS) == cli._SAMPLERS and cli._KINDS == KINDS
+    assert ", ".join(str(method.steps) for method in METHODS.values()).replace(", 1000", " and 1000") == cli._STEPS
     ours = vars(build_parser().parse_args(["generate", "--prompt", "a", "--out", "o"]))
-    names = ("num", "seed", "sampler", "sampling_steps", "guidance", "blend", "negative", "concept")
+    names = ("num", "seed", "sampler", "sampling_steps", "guidance", "blend", "negative", "resolution")
     theirs = inspect.signature(api.generate).parameters
     assert {n: ours[n] for n in names} == {n: theirs[n].default for n in names}
-    for sampler in SAMPLERS:  # named again in the parser, which comes without jax
-        build_parser().parse_args(["generate", "--prompt", "a", "--out", "o", "--sampler", sampler])
 
 
 def test_bad_pictures_are_told_before_a_model_is_loaded(tmp_path, capsys, picture, calls):
@@ -230,7 +237,7 @@ def test_misuse(tmp_path, capsys, concept_file, calls):
     fails(capsys, "invalid choice: 'persnalize'", "persnalize")
     fails(capsys, "IMAGE", "personalize", *out)
     fails(capsys, "--out", "generate", "--prompt", "a")
-    fails(capsys, "ddim", "generate", "--prompt", "a", "--sampler", "euler", *out)
+    fails(capsys, "ddim", "generate", "--prompt", "a", "--sampler", "heun", *out)
     fails(capsys, "--guidance", "generate", "--prompt", "a", "--guidance", "inf", *out)
     fails(capsys, "needs --concept", "generate", "--prompt", "a", "--blend", "0.5", *out)
 

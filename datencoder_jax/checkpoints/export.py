@@ -103,6 +103,12 @@ def export_concept(
     return list(writers)
 
 
+def check_name(name: str) -> None:
+    """Raises `UserError` for a name that the exported files cannot have."""
+    if not _NAME.match(name) or name in _TAKEN:
+        raise UserError(f"{name!r} cannot name the exported files; use letters, digits, - and _, such as my-cat.")
+
+
 _Writer = Callable[[Path], object]
 
 
@@ -113,8 +119,7 @@ def _writers(
     unknown = sorted(kinds - set(KINDS))
     if unknown or not kinds:
         raise UserError(f"{', '.join(unknown) or 'Nothing'} cannot be exported; choose among {', '.join(KINDS)}.")
-    if not _NAME.match(name) or name in _TAKEN:
-        raise UserError(f"{name!r} cannot name the exported files; use letters, digits, - and _, such as my-cat.")
+    check_name(name)
     writers: dict[str, _Writer] = {}
 
     def tensors(file: str, arrays, metadata: dict[str, str]):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.refusals import PICKLES, check_index, conversion_hint
-from datencoder_jax.checkpoints.weights import read_json
 from datencoder_jax.errors import UserError
 
 TOYWORLD = "toyworld"
@@ -135,6 +134,8 @@ def _choose_base(files: list[str], repo: str) -> list[str]:
     import huggingface_hub
 
     wanted = choose_files(files, repo)
+    from datencoder_jax.checkpoints.weights import read_json  # comes with jax, which a help text should not wait for
+
     check_index(read_json(Path(huggingface_hub.hf_hub_download(repo, _INDEX))), repo)
     return wanted
 

@@ -1,0 +1,88 @@
+"""`datencoder generate`: pictures, a sheet and a report for prompts, with concepts or without."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from datencoder_jax.checkpoints.hub import TOYWORLD
+from datencoder_jax.commands.shared import (
+    announce_device,
+    check_texts,
+    check_unicode,
+    common_report,
+    given,
+    listed_pictures,
+    load,
+    load_base_of,
+    read_concept,
+    write_run,
+)
+from datencoder_jax.data.writing import check_writable
+from datencoder_jax.errors import UserError
+
+
+def run(args: Namespace) -> None:
+    """Draws and writes."""
+    started = time.perf_counter()
+    check_texts(args.prompts)
+    check_unicode(args.negative)
+    args.out = check_writable(args.out)
+    files = [_with_weight(values, "--concept") for values in args.concept]
+    loras = [_with_weight(values, "--lora") for values in args.lora]
+    embeddings = [_with_token(values) for values in args.embedding]
+    concepts = [read_concept(file) for file, _ in files]
+    if concepts:
+        check_texts(args.prompts, [concept.token for concept in concepts] + [token for _, token in embeddings if token])
+    elif args.blend is not None:
+        raise UserError("--blend weighs a concept's path against the plain model's, so it needs --concept FILE.")
+
+    device = announce_device()
+    from datencoder_jax import api
+
+    if args.model is None and concepts:
+        pipeline = load_base_of(args, files[0][0], concepts[0])
+    else:
+        pipeline = load(args, args.model or TOYWORLD)
+    parts = [read_concept(file, pipeline) for file, _ in files]
+    parts += [api.import_lora(pipeline, file) for file, _ in loras]
+    parts += [api.import_embedding(pipeline, file, token) for file, token in embeddings]
+    weights = [weight for _, weight in files + loras] + [1.0] * len(embeddings)
+    made = api.generate(
+        pipeline,
+        args.prompts,
+        concept=parts or None,
+        weights=weights or None,
+        negative=args.negative,
+        **given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance", "blend"),
+    )
+    names = [file for file, _ in files + loras + embeddings]
+    told = [
+        {"file": str(file), "token": part.token, "nearest_word": part.nearest_word, "weight": weight}
+        for file, part, weight in zip(names, parts, weights, strict=True)
+    ]
+    report: dict[str, Any] = {"command": "generate", "concepts": told, "blend": made.report["blend"]}
+    report |= {"sampler": args.sampler, "sampling_steps": args.sampling_steps, "guidance": made.report["guidance"]}
+    report |= {"negative": args.negative}
+    report |= common_report(args, pipeline, args.prompts, [made.report], device, started)
+    # Input pictures of an earlier run stay: they belong to the concept beside them.
+    write_run(args.out, report, {}, args.prompts, made.images, listed_pictures(args.out, "pictures"))
+
+
+def _with_weight(values: Sequence[str], option: str) -> tuple[str, float]:
+    """A file and its weight, 1 where none is given."""
+    if len(values) > 2:
+        raise UserError(f"{option} takes a file and a weight, not {' '.join(values)!r}; repeat it for several files.")
+    try:
+        return values[0], float(values[1]) if len(values) == 2 else 1.0
+    except ValueError as error:
+        raise UserError(f"{values[1]!r} is no weight; repeat {option} for several files.") from error
+
+
+def _with_token(values: Sequence[str]) -> tuple[str, str | None]:
+    """A file and the placeholder of its embedding, None where none is given."""
+    if len(values) > 2:
+        raise UserError(f"--embedding takes a file and a token, not {' '.join(values)!r}; repeat it for several files.")
+    return values[0], values[1] if len(values) == 2 else None

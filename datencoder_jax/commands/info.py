@@ -1,0 +1,71 @@
+"""`datencoder info`: versions, devices and cache folders, or what a concept file holds."""
+
+import os
+import platform
+from argparse import Namespace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
+from datencoder_jax.commands.shared import PACKAGES, device_name, read_concept, say
+
+
+def run(args: Namespace) -> None:
+    """Prints it."""
+    rows = _machine() if args.file is None else _describe(args.file)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        say(f"{name:<{width}}  {value}")
+
+
+def _machine() -> list[tuple[str, str]]:
+    import huggingface_hub.constants
+
+    from datencoder_jax.compilation import cache_folder
+
+    cache = cache_folder()
+    rows = [("datencoder", metadata.version("datencoder_jax")), ("python", platform.python_version())]
+    rows += [(name, metadata.version(name)) for name in PACKAGES]
+    rows += [("device", device_name())]
+    embedded = resolve_base(TOYWORLD)
+    rows += [("embedded model", str(embedded) if embedded.is_dir() else "not installed")]
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or (str(cache / "compiled") if cache else "not kept")
+    rows += [("compiled programs", compiled)]
+    return [*rows, ("downloaded models", huggingface_hub.constants.HF_HUB_CACHE)]
+
+
+def _describe(file: str) -> list[tuple[str, str]]:
+    concept = read_concept(file)
+    vectors = np.asarray(concept.embeddings)
+    # The Frobenius norm of down @ up, without the product.
+    norms = {
+        path: float(np.sqrt(max(0.0, np.vdot(np.asarray(o.down).T @ o.down, np.asarray(o.up) @ np.asarray(o.up).T))))
+        for path, o in concept.offsets.items()
+    }
+    numbers = vectors.size + sum(o.down.size + o.up.size for o in concept.offsets.values())
+    rows = [
+        ("token", concept.token),
+        ("nearest word", concept.nearest_word),
+        ("base model", f"{concept.base} (fingerprint {concept.fingerprint[:8]})"),
+        ("blend", f"{concept.blend:g}"),
+        (
+            "token vectors",
+            f"{vectors.shape[0]} of {vectors.shape[1]}, norm "
+            + ", ".join(f"{norm:.3g}" for norm in np.linalg.norm(vectors, axis=1)),
+        ),
+        ("weight offsets", f"{len(norms)} projections"),
+    ]
+    if norms:
+        ranks = sorted({int(o.down.shape[1]) for o in concept.offsets.values()})
+        largest = max(norms, key=lambda path: norms[path])
+        rows[-1] = ("weight offsets", f"{len(norms)} projections of rank {', '.join(map(str, ranks))}")
+        rows += [
+            (
+                "offset norms",
+                f"{np.mean(list(norms.values())):.3g} on average, at most {norms[largest]:.3g} ({largest})",
+            )
+        ]
+    rows += [("size", f"{numbers:,} numbers, {Path(file).expanduser().stat().st_size / 1e6:.2f} MB")]
+    return rows + sorted(concept.metadata.items())

@@ -1,0 +1,88 @@
+"""`datencoder personalize`: a concept file, pictures, a sheet and a report from one or several pictures."""
+
+from __future__ import annotations
+
+import re
+import time
+from argparse import Namespace
+
+from datencoder_jax.checkpoints.export import KINDS, check_name, export_concept
+from datencoder_jax.checkpoints.hub import TOYWORLD
+from datencoder_jax.commands.export import png, target_of
+from datencoder_jax.commands.shared import (
+    announce_device,
+    check_texts,
+    common_report,
+    given,
+    listed_pictures,
+    load,
+    say,
+    write_run,
+)
+from datencoder_jax.data.reading import fit_square, read_image
+from datencoder_jax.data.writing import check_writable, no_empty_folder
+from datencoder_jax.errors import UserError
+from datencoder_jax.typing import LearningRates
+
+
+def run(args: Namespace) -> None:
+    """Personalizes, draws and writes."""
+    started = time.perf_counter()
+    if not args.token or re.search(r"\s", args.token):
+        raise UserError(f"The token {args.token!r} must be one word without spaces, such as S*.")
+    check_texts(args.prompts or [args.token], [args.token])
+    if args.method == "datencoder" and args.model != TOYWORLD and args.encoder is None:
+        raise UserError(
+            f"There is no tuning-encoder for {args.model}: name the folder of one with --encoder, choose a method that "
+            f"needs none with --method (lora, textual_inversion), or use the embedded model with --model {TOYWORLD}."
+        )
+    check_name(args.name)
+    images = [read_image(path) for path in args.images]
+    args.out = check_writable(args.out)
+
+    device = announce_device()
+    from datencoder_jax import api
+    from datencoder_jax.checkpoints.concept_file import save_concept
+
+    pipeline = load(args, args.model)
+    prompts = args.prompts or [prompt.replace("S*", args.token) for prompt in pipeline.prompts]
+    options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution")
+    if args.learning_rates is not None:
+        options["learning_rates"] = LearningRates(*args.learning_rates)
+    tuned = api.personalize(pipeline, images, **options)
+    words = [{"word": str(word), "cosine": float(cosine)} for word, cosine in tuned.report["nearest_words"]]
+    say("nearest words: " + ", ".join(f"{entry['word']} {entry['cosine']:.2f}" for entry in words))
+
+    inputs = [fit_square(image, args.resolution or pipeline.resolution) for image in images]
+    names = [f"input{'' if index == 0 else f'_{index + 1}'}.png" for index in range(len(inputs))]
+    earlier = listed_pictures(args.out, "pictures", "input_pictures")
+    with no_empty_folder(args.out):
+        # Written before the sampling, so that it is not lost should that fail.
+        save_concept(args.out / "concept.safetensors", tuned.concept)
+    (args.out / "report.json").unlink(missing_ok=True)  # an earlier run's report tells of another concept
+    drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance")
+    made = api.generate(pipeline, prompts, concept=tuned.concept, **drawing)
+    report = {
+        "command": "personalize",
+        "inputs": [str(path) for path in args.images],
+        "input_pictures": names,
+        "method": args.method,
+        "token": args.token,
+        "blend": tuned.concept.blend,
+        "steps": tuned.report["steps"],
+        "nearest_word": tuned.concept.nearest_word,
+        "nearest_words": words,
+        "losses": tuned.report["losses"],
+    } | common_report(args, pipeline, prompts, [tuned.report, made.report], device, started)
+    sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, earlier)
+    if args.export is not None:
+        files = export_concept(
+            args.out,
+            tuned.concept,
+            target_of(pipeline),
+            name=args.name,
+            kinds=args.export or KINDS,
+            sheet=png(sheet),
+            thumbnail=png(made.images[0, 0]),
+        )
+        say(f"exported {', '.join(sorted(files))}")
