@@ -64,13 +64,16 @@ def from_torch_layout(
     Raises:
         UserError: parameters are missing, unexpected, of the wrong shape, or not floating point.
     """
-    return dict(converted(arrays, abstract, dtype=dtype, origin=origin))
+    return {name: cast(array, dtype, name, origin) for name, array in converted(arrays, abstract, origin)}
 
 
 def converted(
-    arrays: Mapping[str, np.ndarray], abstract: Mapping[str, jax.ShapeDtypeStruct], *, dtype: str, origin: str
+    arrays: Mapping[str, np.ndarray], abstract: Mapping[str, jax.ShapeDtypeStruct], origin: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `from_torch_layout`, one parameter at a time; what is wrong with shapes is raised after the last."""
+    """As `from_torch_layout`, one parameter at a time and of the type it has in the checkpoint.
+
+    What is wrong with shapes is raised after the last.
+    """
     check_names(arrays, abstract, origin)
     odd = []
     for name, wanted in abstract.items():
@@ -81,7 +84,8 @@ def converted(
             continue
         if array.dtype not in FLOATS:
             raise UserError(f"{origin}: {name} is of type {array.dtype}, which is not supported.")
-        yield name, _cast(_swap(name, array, to_torch=False), dtype, name, origin)
+        # Transposing and casting in one pass would take longer than both.
+        yield name, np.ascontiguousarray(_swap(name, array, to_torch=False))
     if odd:
         raise UserError(f"{origin}: {len(odd)} tensor(s) have the wrong shape: {_some(odd, '; ')}.")
 
@@ -106,7 +110,7 @@ def to_torch_layout(
     ]
     if odd:
         raise UserError(f"{origin}: {len(odd)} parameter(s) have the wrong shape: {_some(odd, '; ')}.")
-    return {name: _cast(_swap(name, np.asarray(params[name]), to_torch=True), dtype, name, origin) for name in abstract}
+    return {name: cast(_swap(name, np.asarray(params[name]), to_torch=True), dtype, name, origin) for name in abstract}
 
 
 def check_names(found: Iterable[str], wanted: Iterable[str], origin: str) -> None:
@@ -121,10 +125,11 @@ def check_names(found: Iterable[str], wanted: Iterable[str], origin: str) -> Non
         raise UserError(f"{origin}: the tensors do not match the configuration: {' and '.join(parts)}.")
 
 
-def _cast(array: np.ndarray, dtype: str, name: str, origin: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: str, name: str, origin: str) -> np.ndarray:
+    """A contiguous copy of type `dtype`; a `UserError` if a finite value does not fit."""
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     with np.errstate(over="ignore"):
-        # One pass that transposes and casts; never a view: the reader's memory may be unmapped later.
+        # Never a view: the reader's memory may be unmapped later.
         result = np.array(array, dtype=target, order="C")
     narrows = result.dtype == np.float16 and array.dtype != np.float16
     if narrows and (np.isinf(result) & ~np.isinf(array.astype(np.float32))).any():

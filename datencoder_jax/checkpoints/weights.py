@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from datencoder_jax.checkpoints.identity import Traits, trait
 from datencoder_jax.checkpoints.keys import Tensors, public
-from datencoder_jax.checkpoints.layouts import converted
+from datencoder_jax.checkpoints.layouts import cast, converted
 from datencoder_jax.checkpoints.refusals import PICKLES, conversion_hint
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import Params
@@ -91,13 +90,11 @@ def place(
     Raises:
         UserError: the tensors do not match `abstract`, or a value does not fit into `dtype`.
     """
-    # bfloat16 comes last: the traits are of the values as they are in the file.
-    wide = "float32" if dtype == "bfloat16" else dtype
     params = {}
-    for name, array in converted(tensors, abstract, dtype=wide, origin=origin):
+    for name, array in converted(tensors, abstract, origin):
         if traits is not None:
-            traits[name] = trait(array)
-        params[name] = jax.device_put(array.astype(jnp.dtype(dtype), copy=False))
+            traits[name] = trait(array)  # of the values as they are in the file
+        params[name] = jax.device_put(cast(array, dtype, name, origin))
     return params
 
 
