@@ -25,7 +25,8 @@ class Composition(NamedTuple):
         variables: all vectors `[n, d]`, in the placeholders' order, and the summed offsets.
         placeholders: how many vectors each stands for.
         words: what stands in each placeholder's place on the hard path.
-        blend: of the soft path: the mean of the concepts that have one; 1, the soft path alone, where none has.
+        blend: of the soft path: the mean over concepts with a placeholder and offsets, else over those with a
+            placeholder, else 1.
     """
 
     variables: Variables
@@ -53,7 +54,8 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
             )
         placeholders[concept.token] = len(concept.embeddings)
         words[concept.token] = concept.nearest_word
-    blends = [concept.blend for concept in concepts if concept.token and concept.offsets]
+    named = [concept for concept in concepts if concept.token]
+    blends = [concept.blend for concept in named if concept.offsets] or [concept.blend for concept in named]
     embeddings = np.concatenate([np.asarray(concept.embeddings, np.float32) for concept in concepts])
     return Composition(
         Variables(jnp.asarray(embeddings), _summed([concept.offsets for concept in concepts], weights)),

@@ -5,8 +5,8 @@ At every step the UNet runs once on a batch of two halves, the negative prompt a
     prediction = u + g (c - u)                                                                     (1)
 
 with guidance scale `g`. With a concept both halves have the offsets on and are blended with the hard path; the hard
-path of the negative half reads the negative prompt too. Without a negative prompt XL's `u` is that of zeros, as it was
-trained.
+path of the negative half reads the negative prompt too, with the same vectors in its placeholders' places. Without a
+negative prompt XL's `u` is that of zeros, as it was trained.
 
 `generate` is one program. `draw_in_parts` runs the same functions as three, each with the networks it needs alone, so
 that networks held by the host are on the device one after the other.
@@ -68,18 +68,14 @@ def sample_latents(base: Base, plan: Plan, request: Request, variables: Variable
 
 def read(base: Base, request: Request, embeddings: jax.Array | None) -> Read:
     """The request's prompts, with a concept's vectors `[n, d]` or one set per row."""
-    count = len(request.soft_ids)
+    negative = None if request.negative_ids is None else base.condition(request.negative_ids, embeddings)
 
-    def both(ids: jax.Array, concept: jax.Array | None = None) -> Condition:
-        positive = base.condition(ids, concept)
-        if request.negative_ids is None:
-            negative = jax.tree.map(jnp.zeros_like, positive)
-        else:
-            negative = base.condition(request.negative_ids)
-            negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), negative)
-        return jax.tree.map(lambda u, c: jnp.concatenate([u, c]), negative, positive)
+    def both(positive: Condition) -> Condition:
+        source = jax.tree.map(jnp.zeros_like, positive) if negative is None else negative
+        return jax.tree.map(lambda u, c: jnp.concatenate([jnp.broadcast_to(u, c.shape), c]), source, positive)
 
-    return Read(both(request.soft_ids, embeddings), None if request.hard_ids is None else both(request.hard_ids))
+    soft = both(base.condition(request.soft_ids, embeddings))
+    return Read(soft, None if request.hard_ids is None else both(base.condition(request.hard_ids)))
 
 
 def denoise(base: Base, plan: Plan, request: Request, prompts: Read, offsets: Offsets | None) -> jax.Array:

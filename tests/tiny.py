@@ -106,3 +106,73 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
     """Smooth uint8 pictures `[count, SIDE, SIDE, 3]`."""
     small = np.random.default_rng(seed).uniform(0, 255, (count, 4, 4, 3)).astype(np.float32)
     return np.asarray(jnp.round(jax.image.resize(small, (count, SIDE, SIDE, 3), "linear"))).astype(np.uint8)
+
+
+def write_tiny_xl(folder: Path) -> Path:
+    """Writes a tiny Stable Diffusion XL that diffusers made, with the configurations XL is shipped with otherwise."""
+    import diffusers
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    write_tokenizer(folder / "words")
+    words = len(json.loads((folder / "words" / "vocab.json").read_text(encoding="utf-8")))
+    text = {
+        "vocab_size": words,
+        "max_position_embeddings": MAX_LENGTH,
+        "num_hidden_layers": 2,
+        "initializer_factor": 2.0,
+    }
+    text |= {"num_attention_heads": 2, "intermediate_size": 16, "bos_token_id": 0}
+    first = transformers.CLIPTextConfig(**text, hidden_size=12, projection_dim=12, eos_token_id=words - 1)
+    second = transformers.CLIPTextConfig(
+        **text, hidden_size=8, projection_dim=10, eos_token_id=2, pad_token_id=1, hidden_act="gelu"
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        layers_per_block=1,
+        cross_attention_dim=20,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=10 + 6 * 4,
+    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(
+        **blocks,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=SIDE,
+        scaling_factor=0.13025,
+        force_upcast=True,
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(first),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(second),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "words"),
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(folder / "words", pad_token="!"),
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(**betas, steps_offset=1, timestep_spacing="leading"),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def write_tiny_vision(folder: Path) -> Path:
+    """Writes a tiny vision tower as transformers saves it."""
+    import transformers
+
+    options = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**options, projection_dim=12, image_size=SIDE, patch_size=8)
+    transformers.CLIPVisionModel(config).save_pretrained(folder)
+    return folder
