@@ -57,12 +57,14 @@ class Program:
         function: as for `jax.jit`; further keyword arguments are `jax.jit`'s.
 
     Attributes:
+        function: what was given.
         seconds: spent compiling (or reading the cache) so far.
         compilations: how many programs were compiled; one per combination of shapes and static arguments.
     """
 
     def __init__(self, name: str, function, **options):
         functools.update_wrapper(self, function)
+        self.function = function
         self.name, self.seconds, self.compilations = name, 0.0, 0
         self._jitted = jax.jit(function, **options)
         self._static = tuple(options.get("static_argnames", ()))

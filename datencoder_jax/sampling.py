@@ -20,11 +20,9 @@ import jax.numpy as jnp
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.guidance import guided
 from datencoder_jax.diffusion.samplers import Plan, sample
+from datencoder_jax.models.vae import pictures_at_once
 from datencoder_jax.pipeline import Base
 from datencoder_jax.typing import Condition, Offsets, Variables
-
-_DECODE_PIXELS = 512 * 512
-"""Pixels decoded at a time: one 512 px picture, or many small ones."""
 
 
 class Request(NamedTuple):
@@ -93,14 +91,13 @@ def denoise(base: Base, plan: Plan, request: Request, prompts: Read, offsets: Of
 def decode(base: Base, latents: jax.Array) -> jax.Array:
     """Latents `[batch, h, w, c]` -> uint8 pictures `[batch, H, W, 3]`, a few at a time."""
     vae = base.vae.bind()
-    factor = base.vae.config.factor
-    at_once = max(1, _DECODE_PIXELS // (latents.shape[1] * latents.shape[2] * factor**2))
+    height, width = (side * base.vae.config.factor for side in latents.shape[1:3])
 
     def picture(z):
         pixels = vae.to_images(z[None])[0]
         return jnp.round((pixels + 1.0) * 127.5).astype(jnp.uint8)
 
-    return jax.lax.map(picture, latents, batch_size=min(at_once, len(latents)))
+    return jax.lax.map(picture, latents, batch_size=min(pictures_at_once(height, width), len(latents)))
 
 
 generate = Program("sampling", _generate)

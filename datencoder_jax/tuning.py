@@ -21,6 +21,7 @@ import optax
 
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratified_timesteps, target
+from datencoder_jax.models.vae import pictures_at_once
 from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
@@ -156,7 +157,8 @@ def encode_views(base: Base, images: jax.Array, key: jax.Array, config: TuningCo
     """Scaled latents of the views of pictures `[k, H, W, 3]`: `[views, h, w, c]` float32."""
     vae = base.vae.bind()
     views = views_of(images, key, config)
-    return jax.lax.map(lambda image: vae.to_latents(image[None])[0], views, batch_size=16)
+    at_once = min(pictures_at_once(*views.shape[1:3]), len(views))
+    return jax.lax.map(lambda image: vae.to_latents(image[None])[0], views, batch_size=at_once)
 
 
 def _tune(state: TuneState, problem: Problem, *, steps: int, config: TuningConfig) -> tuple[TuneState, jax.Array]:

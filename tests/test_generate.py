@@ -13,6 +13,7 @@ from tiny import SIDE, in_half_precision
 from datencoder_jax import api, sampling
 from datencoder_jax.diffusion.samplers import make_plan, sample
 from datencoder_jax.errors import UserError
+from datencoder_jax.models import vae
 from datencoder_jax.typing import Concept, LowRank, Variables
 
 PROMPTS = ["a photo of S* on the beach", "a pencil sketch of S*"]
@@ -191,11 +192,11 @@ def test_the_guidance_is_the_models_unless_asked_otherwise(pipeline):
 
 def test_decoding_in_chunks_is_decoding_at_once(pipeline, monkeypatch):
     latents = jax.random.normal(jax.random.key(0), (5, SIDE // 2, SIDE // 2, 4))
-    monkeypatch.setattr(sampling, "_DECODE_PIXELS", 2 * SIDE * SIDE)  # two at a time, one left over
+    monkeypatch.setattr(vae, "_PIXELS", 2 * SIDE * SIDE)  # two at a time, one left over
     chunked = jax.jit(lambda base, z: sampling.decode(base, z))(pipeline.base, latents)
     whole = jax.jit(lambda base, z: base.vae.bind().to_images(z))(pipeline.base, latents)
     close(np.asarray(chunked), np.asarray(jnp.round((whole + 1.0) * 127.5)).astype(np.uint8))
-    monkeypatch.setattr(sampling, "_DECODE_PIXELS", 1)  # a picture larger than the limit goes alone
+    monkeypatch.setattr(vae, "_PIXELS", 1)  # a picture larger than the limit goes alone
     assert jax.eval_shape(lambda base, z: sampling.decode(base, z), pipeline.base, latents).shape[0] == 5
 
 

@@ -18,6 +18,9 @@ from datencoder_jax.models.config import ConfigMixin
 from datencoder_jax.models.layers import GroupNorm, activation, conv1x1, conv3x3
 from datencoder_jax.models.unet import ResnetBlock2D, Upsample2D
 
+_PIXELS = 512 * 512
+"""Pixels that go through the VAE at a time; at full size its inner states have 128 channels."""
+
 
 @dataclass(frozen=True)
 class VAEConfig(ConfigMixin):
@@ -230,3 +233,8 @@ class AutoencoderKL(nnx.Module):
         """Reconstruction through a sampled latent, and the posterior: what training needs."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(key)), posterior
+
+
+def pictures_at_once(height: int, width: int) -> int:
+    """How many pictures of that size are encoded or decoded together: many small ones, or a single one of 512 px."""
+    return max(1, _PIXELS // (height * width))
