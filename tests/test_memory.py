@@ -1,0 +1,207 @@
+"""Settings by memory and types of stored weights: what they change, and that concepts and pictures stay the same."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import pictures, tiny_pipeline, write_tiny_base
+
+import datencoder_jax
+from datencoder_jax import api, memory, sampling, tuning
+from datencoder_jax.errors import UserError
+from datencoder_jax.memory import PRESETS, Memory
+from datencoder_jax.tuning import TuningConfig
+from datencoder_jax.typing import LearningRates
+
+PROMPTS = ["a photo of a S* on the beach", "a pencil sketch of a S*"]
+CONFIG = TuningConfig(draws=8, views=4)
+NETWORKS = ("unet", "vae", "text", "vision")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return replace(datencoder_jax.load(folder), encoder=tiny_pipeline(folder).encoder)
+
+
+@pytest.fixture(scope="module")
+def small(folder, plain):
+    return replace(datencoder_jax.load(folder, memory=8), encoder=plain.encoder)
+
+
+@pytest.fixture(scope="module")
+def predicted(plain):
+    return personalize(plain, steps=0).concept
+
+
+def personalize(pipeline, **changes):
+    return api.personalize(pipeline, pictures(2), **{"config": CONFIG, "quiet": True} | changes)
+
+
+def tune(pipeline, **changes):
+    """Three steps of LoRA, with the bytes of memory that the tuning program works in."""
+    before = set(tuning.tune._compiled)
+    rates = LearningRates(0.0, 0.05)
+    result = personalize(pipeline, method="lora", word="robot", steps=3, learning_rates=rates, **changes)
+    (new,) = set(tuning.tune._compiled) - before
+    return result, tuning.tune._compiled[new].memory_analysis().temp_size_in_bytes
+
+
+def generate(pipeline, concept, **changes):
+    options = {"num": 2, "sampling_steps": 3, "quiet": True}
+    return api.generate(pipeline, PROMPTS, concept=concept, **options | changes).images
+
+
+def leaves(base):
+    return jax.tree.leaves([getattr(base, name) for name in NETWORKS])
+
+
+# --- the same results from less memory
+
+
+def test_networks_stay_with_the_host(plain, small):
+    assert small.memory == PRESETS[8] and plain.memory == Memory()
+    assert all(type(leaf) is np.ndarray for leaf in leaves(small.base))
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves(plain.base))
+    for a, b in zip(leaves(small.base), leaves(plain.base), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert small.fingerprint == plain.fingerprint
+
+
+def test_pictures_in_parts_are_the_same(plain, small, predicted, monkeypatch):
+    seen = []
+    for index, program in enumerate(sampling.IN_PARTS):
+        name = ("_read", "_denoise", "_decode")[index]
+
+        def spy(base, *args, program=program, **options):
+            seen.append([network for network in ("text", "unet", "vae") if getattr(base, network).params])
+            return program(base, *args, **options)
+
+        monkeypatch.setattr(sampling, name, spy)
+    drawn = generate(small, predicted)
+    assert seen == [["text"], ["unet"], ["vae"]] * 4  # one picture at a time, with one network at a time
+    wanted = generate(plain, predicted)
+    assert len(seen) == 3 * 4 and wanted.std() > 5 and drawn.shape == wanted.shape
+    assert np.abs(drawn.astype(int) - wanted).max() <= 1
+
+
+def test_the_encoder_predicts_the_same(small, predicted):
+    found = personalize(small, steps=0).concept
+    np.testing.assert_allclose(found.embeddings, predicted.embeddings, rtol=1e-5, atol=1e-6)
+    assert found.nearest_word == predicted.nearest_word
+
+
+def test_rematerialised_tuning_is_the_same_in_less_memory(plain, small):
+    assert small.memory.remat and not plain.memory.remat
+    (kept, room), (again, less) = tune(plain), tune(small, config=replace(CONFIG, remat=True))
+    np.testing.assert_allclose(again.report["losses"], kept.report["losses"], rtol=1e-5)
+    for path, offset in kept.concept.offsets.items():
+        for found, wanted in zip(again.concept.offsets[path], offset, strict=True):
+            assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert less < 0.8 * room
+
+
+def test_settings_reach_the_tuning(small, monkeypatch):
+    seen = []
+
+    def spy(state, problem, *, steps, config, **_):
+        seen.append(config)
+        return state, jnp.zeros(steps)
+
+    spy.seconds = 0.0
+    monkeypatch.setattr(tuning, "tune", spy)
+    personalize(small, method="lora", config=None)
+    assert seen == [TuningConfig(draws=1, views=16, remat=True)]
+
+
+# --- which settings
+
+
+def test_less_memory_asks_for_no_more(plain):
+    sizes = sorted(PRESETS)
+    steps = [*(PRESETS[size] for size in sizes), Memory()]
+    for less, more in itertools.pairwise(steps):
+        assert less.draws <= more.draws and less.batch <= more.batch
+        assert less.remat >= more.remat and less.in_parts >= more.in_parts
+        assert less != more
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [(6e9, PRESETS[8]), (17e9, PRESETS[16]), (25e9, PRESETS[24]), (80e9, Memory()), (None, Memory())],
+)
+def test_settings_are_chosen_by_the_device(monkeypatch, limit, wanted):
+    class Device:
+        def memory_stats(self):
+            return None if limit is None else {"bytes_limit": int(limit)}
+
+    monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device()])
+    assert memory.choose(large=True) == wanted
+    assert memory.choose(large=False) == Memory()
+
+
+def test_a_processor_has_no_second_memory():
+    chosen = memory.choose(large=True)
+    assert chosen.remat and chosen.batch == 1 and not chosen.in_parts
+    assert memory.choose(large=False) == Memory()
+
+
+# --- how weights are stored
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [("bfloat16", 3), ("float16", 1)])
+def test_half_precision_is_stored_and_not_computed_on_a_processor(folder, plain, predicted, dtype, levels):
+    half = datencoder_jax.load(folder, dtype=dtype)
+    assert {leaf.dtype for leaf in leaves(half.base)} == {jnp.dtype(dtype)}
+    assert {getattr(half.base, name).dtype for name in NETWORKS} == {"float32"}
+    assert half.fingerprint == plain.fingerprint  # so a concept may be used with weights stored either way
+    difference = np.abs(generate(half, predicted).astype(int) - generate(plain, predicted))
+    assert 0 < difference.mean() < levels
+
+
+def test_half_precision_can_be_tuned(folder, plain):
+    half = datencoder_jax.load(folder, dtype="float16")
+    tuned, _ = tune(half, config=replace(CONFIG, draws=2))
+    assert {leaf.dtype for leaf in jax.tree.leaves(tuned.concept.offsets)} == {np.dtype("float32")}
+    assert tuned.concept.embeddings.dtype == np.float32 and tuned.concept.nearest_word == "robot"
+
+
+def test_the_type_that_is_chosen(folder, plain, monkeypatch):
+    assert {leaf.dtype for leaf in leaves(plain.base)} == {np.dtype("float32")}
+    monkeypatch.setattr("datencoder_jax.loading._LARGE", 0)  # any model is a large one
+    assert datencoder_jax.load(folder).base.unet.params["conv_in.weight"].dtype == jnp.bfloat16
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = datencoder_jax.load(folder).base.unet
+    assert found.params["conv_in.weight"].dtype == jnp.bfloat16 and found.dtype == "bfloat16"
+
+
+def test_float16_is_not_tuned_where_it_is_computed_in(folder, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    half = datencoder_jax.load(folder, dtype="float16")
+    monkeypatch.undo()
+    assert half.base.unet.dtype == "float16"
+    with pytest.raises(UserError, match=r"tuning in float16 loses its gradients; load .* bfloat16 or float32"):
+        personalize(half, method="lora", steps=1)
+    personalize(half, method="lora", steps=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": 12}, "no setting for 12 GB of memory; choose one of: 8, 16, 24"),
+        ({"dtype": "int8"}, "dtype 'int8' is not known; choose one of: auto, float32, bfloat16, float16"),
+    ],
+)
+def test_misuse_is_one_sentence(folder, options, message):
+    with pytest.raises(UserError, match=message) as info:
+        datencoder_jax.load(folder, **options)
+    assert "\n" not in str(info.value)
