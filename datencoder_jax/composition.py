@@ -39,11 +39,13 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
     """Concepts, each with a weight of its offsets (1 where none is given), as one.
 
     Raises:
-        UserError: two concepts share a placeholder, or there are more or fewer weights than concepts.
+        UserError: two concepts share a placeholder, there are more or fewer weights than concepts, or one is not finite.
     """
     weights = [1.0] * len(concepts) if weights is None else list(weights)
     if len(weights) != len(concepts):
         raise UserError(f"{len(concepts)} concepts need as many weights, not {len(weights)}")
+    if not np.isfinite(weights).all():
+        raise UserError(f"the weights of concepts must be finite numbers, not {weights}")
     placeholders, words = {}, {}
     for concept in concepts:
         if not concept.token:

@@ -200,6 +200,7 @@ def test_misuse_is_one_sentence(pipeline, pair):
         (r"two concepts share the placeholder 'S\*'; .*--token", {"concept": [first, replace(second, token="S*")]}),
         ("2 concepts need as many weights, not 1", {"concept": pair, "weights": [1.0]}),
         ("1 concepts need as many weights, not 0", {"concept": first, "weights": []}),
+        ("weights of concepts must be finite", {"concept": first, "weights": [float("nan")]}),
         ("made for elsewhere, not for tiny", {"concept": [first, replace(second, fingerprint="0", base="elsewhere")]}),
     ):
         with pytest.raises(UserError, match=match) as info:

@@ -152,6 +152,12 @@ def test_pictures_are_those_of_diffusers(xl, stock):
     close(generate(xl, PROMPTS)[:, 0], np.round(255 * wanted).astype(np.uint8))
 
 
+def test_pictures_in_parts_are_the_same(folder, xl):
+    small = datencoder_jax.load(folder, memory=8)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(small.base))
+    close(generate(small, PROMPTS, batch_size=2), generate(xl, PROMPTS))
+
+
 # --- concepts
 
 
