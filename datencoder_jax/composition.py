@@ -39,7 +39,7 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
     """Concepts, each with a weight of its offsets (1 where none is given), as one.
 
     Raises:
-        UserError: two concepts share a placeholder, there are more or fewer weights than concepts, or one is not finite.
+        UserError: two concepts share a placeholder, or weights are not finite numbers, one for each concept.
     """
     weights = [1.0] * len(concepts) if weights is None else list(weights)
     if len(weights) != len(concepts):
