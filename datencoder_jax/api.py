@@ -153,7 +153,7 @@ def personalize(
                 read(soft_ids, variables.embeddings) if frozen else None,
             )
             state = tuning.start(jax.tree.map(jnp.copy, variables))  # the program takes its carry over
-            state, losses = tuning.tune(state, problem, steps=steps, config=config, quiet=quiet)
+            state, losses = tuning.run(state, problem, steps=steps, config=config, quiet=quiet)
             variables, losses = jax.block_until_ready((state.variables, losses))
     nearest = nearest_words(pipeline, variables.embeddings)
     variables = jax.device_get(variables)

@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail("The memory does not suffice; ask for fewer pictures (--num), or use a larger device.")
+        return _fail(
+            "The memory does not suffice; try --memory 8, a lower --resolution, fewer pictures (--num) or a larger device."
+        )
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from tqdm import tqdm
 
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratified_timesteps, target
@@ -27,6 +28,9 @@ from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
 from datencoder_jax.pipeline import Base
 from datencoder_jax.typing import Condition, LearningRates, Variables
+
+_FUSED = 25
+"""Steps that are one program at most; a person waits for it without a word."""
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
 
@@ -171,6 +175,21 @@ tune = Program("tuning", _tune, static_argnames=("steps", "config"), donate_argn
 
 read_prompt = Program("prompt reading", Base.condition)
 """`read_prompt(base, ids [1, L], embeddings) -> Condition`."""
+
+
+def run(
+    state: TuneState, problem: Problem, *, steps: int, config: TuningConfig, quiet: bool = False
+) -> tuple[TuneState, jax.Array]:
+    """As `tune`, for any number of steps: many are run as several calls of one program, with a progress bar."""
+    at_once = next(count for count in range(min(steps, _FUSED), 0, -1) if steps % count == 0)
+    losses = []
+    for _ in tqdm(
+        range(steps // at_once), desc="tuning", unit_scale=at_once, unit="step", disable=quiet or at_once == steps
+    ):
+        state, more = tune(state, problem, steps=at_once, config=config, quiet=quiet)
+        losses.append(jax.block_until_ready(more))
+    return state, jnp.concatenate(losses)
+
 
 encode_views_program = Program("picture encoding", encode_views, static_argnames=("config",))
 """`encode_views` compiled ahead."""

@@ -420,3 +420,14 @@ def test_flips_only_when_allowed(allowed):
     plain = [np.allclose(view, images[0], atol=1e-5) for view in views]
     assert all(a != b for a, b in zip(mirrored, plain, strict=True))
     assert plain[0] and (4 < sum(mirrored) < 28 if allowed else not any(mirrored))
+
+
+def test_many_steps_are_several_calls_of_one_program(pipeline, predicted, monkeypatch):
+    monkeypatch.setattr(tuning, "_FUSED", 4)
+    problem, state = make_problem(pipeline), start(predicted)
+    before = tuning.tune.compilations
+    state, losses = tuning.run(state, problem, steps=9, config=CONFIG, quiet=True)
+    assert tuning.tune.compilations - before <= 1 and int(state.step) == 9 and losses.shape == (9,)
+    whole, together = tuning.tune(start(predicted), problem, steps=9, config=CONFIG, quiet=True)
+    np.testing.assert_allclose(losses, together, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.variables, whole.variables)
