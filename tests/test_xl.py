@@ -43,11 +43,15 @@ def xl(folder):
 
 @pytest.fixture(scope="module")
 def stock(folder):
+    import torch
     from diffusers import StableDiffusionXLPipeline
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for so small a model several wait for each other most of the time
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    yield pipe
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
