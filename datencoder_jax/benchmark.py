@@ -27,8 +27,8 @@ import numpy as np
 
 from datencoder_jax import api
 from datencoder_jax import methods as product
-from datencoder_jax.data.images import to_float
 from datencoder_jax.errors import UserError
+from datencoder_jax.evaluation.clip_scores import text_similarity
 from datencoder_jax.evaluation.judge import load_judge
 from datencoder_jax.evaluation.scores import Interval
 from datencoder_jax.evaluation.suite import (
@@ -45,7 +45,7 @@ from datencoder_jax.evaluation.suite import (
 )
 from datencoder_jax.methods.words import from_words
 from datencoder_jax.models.module import Model
-from datencoder_jax.pipeline import Base, Pipeline, attention_shapes
+from datencoder_jax.pipeline import Pipeline, attention_shapes
 from datencoder_jax.typing import Concept, LearningRates, LowRank, Variables
 
 TOKEN = "S*"
@@ -209,29 +209,10 @@ def _signed(interval: Interval) -> str:
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
-def clip_similarity(pipeline: Pipeline) -> Extra:
-    """Cosines of pictures with their prompts in the space that both towers of the world's CLIP project to."""
-
-    @jax.jit
-    def cosines(base: Base, pictures: jax.Array, ids: jax.Array) -> jax.Array:
-        vectors = base.eyes(base.vision_input(pictures)).projected, base.text(ids).projected
-        a, b = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in vectors)
-        return (a * b).sum(axis=-1)
-
-    def score(pictures: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        ids = pipeline.tokenizer.encode(prompts)
-        # The last part is filled up with its own rows, so that every part runs the same program.
-        parts = [np.resize(np.arange(k, min(k + 64, len(ids))), 64) for k in range(0, len(ids), 64)]
-        made = [np.asarray(cosines(pipeline.base, to_float(pictures[part]), ids[part])) for part in parts]
-        return np.concatenate(made)[: len(ids)]
-
-    return score
-
-
 @functools.cache
 def _loaded(model: str, encoder: str | None) -> tuple[Pipeline, Model, Mapping[str, Extra]]:
     pipeline = api.load(model, encoder=encoder)
-    return pipeline, load_judge(), {"CLIP": clip_similarity(pipeline)}
+    return pipeline, load_judge(), {"CLIP": functools.partial(text_similarity, pipeline)}
 
 
 def _measure(args: argparse.Namespace, method: Method) -> tuple[Method, list[dict], Row]:

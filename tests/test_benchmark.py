@@ -1,5 +1,6 @@
 """The benchmark program on the shipped model: a row for each kind of method, rates swept, files written."""
 
+import functools
 import json
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from datencoder_jax import api, benchmark
+from datencoder_jax.evaluation.clip_scores import text_similarity
 from datencoder_jax.evaluation.suite import Row, instances, make_bench, read_rows
 from datencoder_jax.toyworld.captions import prompt_for
 from datencoder_jax.toyworld.dataset import render_batch
@@ -109,7 +111,7 @@ def test_clip_prefers_the_prompt_of_the_picture():
     pipeline = api.load("toyworld")
     one = instances("development", 6)
     pictures = render_batch([i.id for i in one], [Context("beach")] * 6, list(range(6)))
-    score = benchmark.clip_similarity(pipeline)
+    score = functools.partial(text_similarity, pipeline)
     right = score(pictures, [prompt_for(Context("beach"), i.cls) for i in one])
     wrong = score(pictures, [prompt_for(Context("snow", style="sketch"), i.cls) for i in one])
     assert right.shape == (6,) and (right > wrong + 0.1).all()

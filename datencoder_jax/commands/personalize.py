@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 import time
 from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from datencoder_jax.checkpoints.export import KINDS, check_name, export_concept
 from datencoder_jax.checkpoints.hub import TOYWORLD
@@ -22,7 +26,11 @@ from datencoder_jax.commands.shared import (
 from datencoder_jax.data.reading import fit_square, read_image
 from datencoder_jax.data.writing import check_writable, no_empty_folder
 from datencoder_jax.errors import UserError
-from datencoder_jax.typing import LearningRates
+from datencoder_jax.prompts import placeholder
+from datencoder_jax.typing import Concept, LearningRates
+
+if TYPE_CHECKING:
+    from datencoder_jax.pipeline import Pipeline
 
 
 def run(args: Namespace) -> None:
@@ -84,5 +92,34 @@ def run(args: Namespace) -> None:
             kinds=args.export or KINDS,
             sheet=png(sheet),
             thumbnail=png(made.images[0, 0]),
+            scores=_scores(pipeline, tuned.concept, inputs, prompts, made.images, drawing),
         )
         say(f"exported {', '.join(sorted(files))}")
+
+
+def _scores(
+    pipeline: Pipeline,
+    concept: Concept,
+    inputs: list[np.ndarray],
+    prompts: Sequence[str],
+    images: np.ndarray,
+    drawing: dict[str, Any],
+) -> dict[str, dict[str, float]] | None:
+    """For the card: what other programs lose, who leave the hard path out; None where nothing can measure it."""
+    from datencoder_jax import api
+    from datencoder_jax.evaluation.clip_scores import can_score, image_similarity, text_similarity
+
+    if concept.blend == 1.0 or not can_score(pipeline):
+        return None
+    soft = api.generate(pipeline, prompts, concept=concept, blend=1.0, **drawing).images
+    texts = [placeholder(concept.token).sub(lambda _: concept.nearest_word, prompt) for prompt in prompts]
+    rows = [text for text in texts for _ in range(images.shape[1])]
+
+    def score(pictures: np.ndarray) -> dict[str, float]:
+        flat = pictures.reshape(-1, *pictures.shape[2:])
+        return {
+            "CLIP, prompt": float(text_similarity(pipeline, flat, rows).mean()),
+            "CLIP, input picture": float(image_similarity(pipeline, flat, np.stack(inputs)).mean()),
+        }
+
+    return {"dual path": score(images), "soft path": score(soft)}
