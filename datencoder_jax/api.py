@@ -17,15 +17,15 @@ from datencoder_jax.data.images import to_float
 from datencoder_jax.data.reading import fit_square
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
-from datencoder_jax.loading import import_embedding, import_lora, load, nearest_words
+from datencoder_jax.loading import import_embedding, load, nearest_words, with_lora
 from datencoder_jax.methods import METHODS, datencoder
 from datencoder_jax.methods.words import from_words
 from datencoder_jax.pipeline import Pipeline, attention_shapes
-from datencoder_jax.prompts import TEMPLATE, check_prompts
+from datencoder_jax.prompts import TEMPLATE, check_prompts, placeholder
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import AnyArray, Concept, Condition, LearningRates, Variables
 
-__all__ = ["Generated", "Personalized", "generate", "import_embedding", "import_lora", "load", "personalize"]
+__all__ = ["Generated", "Personalized", "generate", "import_embedding", "load", "personalize", "with_lora"]
 
 _PERSONALIZE, _GENERATE, _FRESH = 0, 1, 2
 """Streams of a seed's draws: pictures must not start from the noise their concept was seen under."""
@@ -141,6 +141,8 @@ def personalize(
 
             latents = tuning.encode_views_program(base.only("vae"), pictures, view_key, config=config, quiet=quiet)
             soft_ids = jnp.asarray(tokenizer.encode(template, {token: len(variables.embeddings)}))
+            if np.asarray(soft_ids).max() < tokenizer.vocab_size + len(variables.embeddings) - 1:
+                raise UserError(f"{word!r} is more than fits into the prompt {template[0]!r}; name fewer words")
             frozen = rates.embeddings == 0.0
             problem = tuning.Problem(
                 base.only("unet") if frozen else base.only("unet", "text", "text_2"),
@@ -258,19 +260,23 @@ def generate(
         UserError: a bad prompt or option, concepts of another base model, or two with one placeholder.
     """
     concepts = [concept] if isinstance(concept, Concept) else list(concept or ())
+    for each in concepts:
+        if each.fingerprint != pipeline.fingerprint:
+            raise UserError(f"the concept was made for {each.base}, not for {pipeline.name}")
+    if weights is not None and not concepts:
+        raise UserError("weights were given without concepts")
     composition = compose(concepts, weights) if concepts else None
+    tokens = [each.token for each in concepts if each.token]
     # An embedding from elsewhere may be meant for the negative prompt alone.
-    check_prompts(
-        prompts, [c.token for c in concepts if c.token and c.offsets] and [c.token for c in concepts if c.token]
-    )
+    check_prompts(prompts, tokens if any(each.token and each.offsets for each in concepts) else ())
+    for token in tokens:
+        if not any(placeholder(token).search(text) for text in (*prompts, negative)):
+            raise UserError(f"the placeholder {token!r} is in none of the prompts; write it where the concept belongs")
     if num < 1:
         raise UserError(f"the number of pictures must be 1 or more, not {num}")
     batch_size = pipeline.memory.batch if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"the batch size must be 1 or more, not {batch_size}")
-    for each in concepts:
-        if each.fingerprint != pipeline.fingerprint:
-            raise UserError(f"the concept was made for {each.base}, not for {pipeline.name}")
     if guidance is None:
         guidance = pipeline.guidance
     base, tokenizer, seconds = pipeline.base, pipeline.tokenizer, {}

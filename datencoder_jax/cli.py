@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(
-            "The memory does not suffice; try --memory 8, a lower --resolution, fewer pictures or another device."
+            "The memory does not suffice; try --memory 8, a lower --resolution, a smaller --num or another device."
         )
 
 

@@ -1,9 +1,11 @@
 """What is loaded before anything is made: base models with their encoders, LoRA and embedding files of others."""
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,12 @@ from datencoder_jax import tuning
 from datencoder_jax.checkpoints.embedding_files import read_embedding
 from datencoder_jax.checkpoints.encoder_folder import read_encoder
 from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
-from datencoder_jax.checkpoints.lora_files import read_lora
+from datencoder_jax.checkpoints.lora_files import layer_shapes, merged, read_lora
+from datencoder_jax.checkpoints.lora_names import TEXT_ENCODER, TEXT_ENCODER_2
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, choose
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
-from datencoder_jax.typing import Concept, Offsets
+from datencoder_jax.typing import AnyArray, Concept
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored."""
@@ -61,7 +64,7 @@ def load(
     settings = choose(large) if memory is None else PRESETS[memory]
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" and not large else "bfloat16"
-    with jax.default_device(jax.local_devices(backend="cpu")[0]) if settings.in_parts else nullcontext():
+    with _on_host() if settings.in_parts else nullcontext():
         pipeline = read_pipeline(path, str(model), dtype=dtype, prediction_type=prediction_type)
         if vision is not None:
             pipeline = with_vision(pipeline, vision, dtype=dtype)
@@ -83,19 +86,60 @@ def load(
     return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
 
 
+def _on_host():
+    """Arrays are made in the machine's memory, where JAX may use it beside the accelerator."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        return nullcontext()
+
+
 def _bytes(path: Path) -> int:
     files = [path] if path.is_file() else path.rglob("*.safetensors")
     return sum(file.stat().st_size for file in files)
 
 
-def import_lora(pipeline: Pipeline, path: str | Path) -> Concept:
-    """A LoRA of another program (diffusers, PEFT, kohya), as a concept without a placeholder for `generate`.
+def with_lora(pipeline: Pipeline, path: str | Path, weight: float = 1.0) -> Pipeline:
+    """The pipeline with a LoRA of another program (diffusers, PEFT, kohya) in its weights, the text encoders' included.
+
+    Both paths are drawn with them, concepts of the pipeline stay its concepts, and several LoRAs add up. The weights
+    keep their type: in half precision the sum is rounded.
+
+    Args:
+        path: a safetensors file, or a folder that diffusers or PEFT saved one in.
+        weight: of the change; 0 is none.
 
     Raises:
-        UserError: there is no such file, or it is not for the attention layers of this model.
+        UserError: there is no such file, it is for another model, or the weights do not fit into their type.
     """
-    offsets = read_lora(path, attention_shapes(pipeline.base.unet), base=pipeline.name)
-    return _imported(pipeline, np.zeros((0, sum(pipeline.base.widths)), np.float32), offsets)
+    if not math.isfinite(weight):
+        raise UserError(f"the weight of {path} must be a finite number, not {weight}")
+    base = pipeline.base
+    networks = {"": base.unet, TEXT_ENCODER: base.text}
+    if base.text_2 is not None:
+        networks[TEXT_ENCODER_2] = base.text_2
+    params = {f"{prefix}{name}": value for prefix, model in networks.items() for name, value in model.params.items()}
+    for layer, change in read_lora(path, layer_shapes(params), base=pipeline.name).items():
+        kernel = params[f"{layer}.weight"]
+        result = merged(kernel, change, weight)
+        if not np.isfinite(result).all():
+            raise UserError(
+                f"with {path} at weight {weight:g}, {layer} holds values too large for {result.dtype}; use a smaller "
+                "weight or another dtype"
+            )
+        params[f"{layer}.weight"] = _like(kernel, result)
+    unet, text, *text_2 = (
+        model.with_params({name: params[f"{prefix}{name}"] for name in model.params})
+        for prefix, model in networks.items()
+    )
+    return replace(pipeline, base=replace(base, unet=unet, text=text, text_2=text_2[0] if text_2 else None))
+
+
+def _like(wanted: AnyArray, array: np.ndarray) -> Any:
+    """The array where `wanted` is, so that programs compiled for the one run with the other."""
+    if isinstance(wanted, jax.Array):
+        return jax.device_put(array, wanted.sharding if wanted.committed else None)
+    return array
 
 
 def import_embedding(pipeline: Pipeline, path: str | Path, token: str | None = None) -> Concept:
@@ -111,11 +155,8 @@ def import_embedding(pipeline: Pipeline, path: str | Path, token: str | None = N
     token = token or named
     if not token:
         raise UserError(f"{path} names no token; say which placeholder it is to have")
-    return _imported(pipeline, vectors, {}, token, nearest_words(pipeline, jnp.asarray(vectors))[0][0])
-
-
-def _imported(pipeline: Pipeline, vectors: np.ndarray, offsets: Offsets, token: str = "", word: str = "") -> Concept:
-    return Concept(vectors, offsets, token, 1.0, pipeline.name, pipeline.fingerprint, word)
+    word = nearest_words(pipeline, jnp.asarray(vectors))[0][0]
+    return Concept(vectors, {}, token, 1.0, pipeline.name, pipeline.fingerprint, word)
 
 
 def nearest_words(pipeline: Pipeline, embeddings: jax.Array, k: int = 5) -> list[tuple[str, float]]:

@@ -40,6 +40,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of pixels in [0, 1] that CLIP's vision towers are given, where a model does not say."""
 
 
+XL_GUIDANCE = 5.0
+"""The scale of guidance for Stable Diffusion XL where none is asked for; other models have 7.5. Both are diffusers'."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Base:
@@ -234,7 +238,7 @@ def read_pipeline(path: Path, name: str, *, dtype: str = "float32", prediction_t
     with describing(path / "scheduler" / "scheduler_config.json", "a noise schedule"):
         schedule = _schedule(parts.scheduler)
     with describing(path / DEFAULTS, "a model's defaults"):
-        defaults = _defaults(parts.defaults or {})
+        defaults = _defaults(({} if text_2 is None else {"guidance": XL_GUIDANCE}) | (parts.defaults or {}))
     base = Base(
         unet=unet,
         vae=vae,

@@ -208,3 +208,15 @@ def test_misuse_is_one_sentence(pipeline, pair):
         assert "\n" not in str(info.value)
     with pytest.raises(UserError, match=r"does not contain the placeholder 'S\*' or 'S\*2'"):
         generate(pipeline, ["a photo of a robot"], concept=pair)
+
+
+def test_what_cannot_be_meant_is_refused(pipeline, pair):
+    other = replace(pair[0], fingerprint="0" * 32, embeddings=np.zeros((1, 20), np.float32))
+    lonely = replace(pair[0], offsets={}, token="Q*")
+    for options, message in (
+        ({"concept": [pair[0], other]}, "was made for"),
+        ({"concept": lonely}, r"'Q\*' is in none of the prompts"),
+        ({"weights": [1.0]}, "without concepts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            api.generate(pipeline, ["a photo of S*"], num=1, sampling_steps=1, quiet=True, **options)

@@ -118,7 +118,7 @@ def test_settings_reach_the_tuning(small, monkeypatch):
     spy.seconds = 0.0
     monkeypatch.setattr(tuning, "tune", spy)
     personalize(small, method="lora", config=None)
-    assert seen == [TuningConfig(draws=1, views=16, remat=True)]
+    assert set(seen) == {TuningConfig(draws=1, views=16, remat=True)}
 
 
 # --- which settings
@@ -135,7 +135,14 @@ def test_less_memory_asks_for_no_more(plain):
 
 @pytest.mark.parametrize(
     ("limit", "wanted"),
-    [(6e9, PRESETS[8]), (17e9, PRESETS[16]), (25e9, PRESETS[24]), (80e9, Memory()), (None, Memory())],
+    [
+        (4e9, PRESETS[8]),
+        (6e9, PRESETS[8]),
+        (11.8e9, PRESETS[16]),
+        (18e9, PRESETS[24]),
+        (60e9, Memory()),
+        (None, Memory()),
+    ],
 )
 def test_settings_are_chosen_by_the_device(monkeypatch, limit, wanted):
     class Device:

@@ -189,3 +189,8 @@ def test_misuse_is_one_sentence(blind, method, options, message):
     with pytest.raises(UserError, match=message) as info:
         personalize(blind, method, **options)
     assert "\n" not in str(info.value)
+
+
+def test_more_words_than_the_prompt_holds_are_refused(pipeline):
+    with pytest.raises(UserError, match="more than fits"):
+        personalize(pipeline, method="lora", word="robot " * 60, steps=1)
