@@ -141,8 +141,6 @@ def personalize(
 
             latents = tuning.encode_views_program(base.only("vae"), pictures, view_key, config=config, quiet=quiet)
             soft_ids = jnp.asarray(tokenizer.encode(template, {token: len(variables.embeddings)}))
-            if np.asarray(soft_ids).max() < tokenizer.vocab_size + len(variables.embeddings) - 1:
-                raise UserError(f"{word!r} is more than fits into the prompt {template[0]!r}; name fewer words")
             frozen = rates.embeddings == 0.0
             problem = tuning.Problem(
                 base.only("unet") if frozen else base.only("unet", "text", "text_2"),

@@ -69,7 +69,7 @@ class PromptTokenizer:
             words: put these words in the placeholders' places instead (the hard prompt).
 
         Raises:
-            UserError: a prompt is so long that nothing of its placeholders is left.
+            UserError: a prompt is so long that a placeholder is not left in it once in full.
         """
         if words:
             known = dict(words)
@@ -92,7 +92,7 @@ class PromptTokenizer:
             end = found.end()
         ids += self._ids(prompt[end:])
         room = self.length - 2
-        lost = set(names.values()) - {names.get(i) for i in ids[:room]}
+        lost = {names[i] for i in names.keys() - set(ids[:room])}
         if lost:
             raise UserError(
                 f"the prompt {prompt!r} is longer than {room} tokens and the placeholder {min(lost)!r} does not fit; "

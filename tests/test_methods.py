@@ -192,5 +192,5 @@ def test_misuse_is_one_sentence(blind, method, options, message):
 
 
 def test_more_words_than_the_prompt_holds_are_refused(pipeline):
-    with pytest.raises(UserError, match="more than fits"):
+    with pytest.raises(UserError, match="does not fit"):
         personalize(pipeline, method="lora", word="robot " * 60, steps=1)
