@@ -46,10 +46,11 @@ def run(args: Namespace) -> None:
         pipeline = load_base_of(args, files[0][0], concepts[0])
     else:
         pipeline = load(args, args.model or TOYWORLD)
+    for file, weight in loras:
+        pipeline = api.with_lora(pipeline, file, weight)
     parts = [read_concept(file, pipeline) for file, _ in files]
-    parts += [api.import_lora(pipeline, file) for file, _ in loras]
     parts += [api.import_embedding(pipeline, file, token) for file, token in embeddings]
-    weights = [weight for _, weight in files + loras] + [1.0] * len(embeddings)
+    weights = [weight for _, weight in files] + [1.0] * len(embeddings)
     made = api.generate(
         pipeline,
         args.prompts,
@@ -58,12 +59,13 @@ def run(args: Namespace) -> None:
         negative=args.negative,
         **given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance", "blend"),
     )
-    names = [file for file, _ in files + loras + embeddings]
+    names = [file for file, _ in files + embeddings]
     told = [
         {"file": str(file), "token": part.token, "nearest_word": part.nearest_word, "weight": weight}
         for file, part, weight in zip(names, parts, weights, strict=True)
     ]
     report: dict[str, Any] = {"command": "generate", "concepts": told, "blend": made.report["blend"]}
+    report |= {"loras": [{"file": str(file), "weight": weight} for file, weight in loras]}
     report |= {"sampler": args.sampler, "sampling_steps": args.sampling_steps, "guidance": made.report["guidance"]}
     report |= {"negative": args.negative}
     report |= common_report(args, pipeline, args.prompts, [made.report], device, started)

@@ -1,0 +1,78 @@
+"""Which layer of a model a tensor of a LoRA file belongs to.
+
+Programs name the layers after the model's own modules, each in its way, so no layer is listed here: a file's name and
+the model's are brought to one spelling and compared.
+
+    network           prefix in files
+    UNet              `unet.`, `lora_unet_`, `base_model.model.`, or none
+    text_encoder      `text_encoder.`, `lora_te_`, `lora_te1_`, and `base_model.model.` where no UNet's layer is meant
+    text_encoder_2    `text_encoder_2.`, `lora_te2_`
+
+kohya's programs write underscores for dots, and name the blocks of XL's UNet as its original code does
+(`input_blocks_4_1_transformer_blocks_0_attn1_to_q`); transformers has put `text_model.` before a text encoder's layers
+and left it out; old files of diffusers say `processor`, and `to_q` for a text encoder's `q_proj`.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+from datencoder_jax.checkpoints.single_file_names import unet_names
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before every name of the one network that it saved."""
+
+NETWORKS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2")
+"""What a LoRA may change."""
+
+TEXT_ENCODER, TEXT_ENCODER_2 = "text_encoder.", "text_encoder_2."
+"""What stands before the names of the text encoders' layers; nothing stands before those of the UNet."""
+
+_PREFIXES = {PEFT_PREFIX: "", "unet.": "", "lora_unet_": ""}
+_PREFIXES |= {"lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER, "lora_te2_": TEXT_ENCODER_2}
+_SPELLINGS = [
+    (re.compile(r"\."), "_"),
+    (re.compile(r"_processor_"), "_"),
+    (re.compile(r"(^|_)text_model_"), r"\1"),
+    (re.compile(r"_to_out_0$"), "_to_out"),
+    (re.compile(r"_self_attn_to_(q|k|v|out)$"), r"_self_attn_\1_proj"),
+]
+_LEVEL = re.compile(r"down_blocks\.\d+\.(?:attentions|resnets)\.(\d+)\.")
+_NUMBER = re.compile(r"(?<=\d)_|_(?=\d)")
+
+
+def split(layer: str) -> tuple[str, str]:
+    """A layer's network, one of `NETWORKS`, and its path in there."""
+    for prefix in (TEXT_ENCODER, TEXT_ENCODER_2):
+        if layer.startswith(prefix):
+            return prefix.rstrip("."), layer.removeprefix(prefix)
+    return "unet", layer
+
+
+def layer_finder(layers: Iterable[str]) -> Callable[[str], str | None]:
+    """The function from a layer's name in a file to its name among `layers`, None where they have no such layer."""
+    layers = list(layers)
+    spelled = {_spelling(layer): layer for layer in layers}
+    blocks = 1 + max((int(match[1]) for match in map(_LEVEL.match, layers) if match), default=0)
+    # The downsampler comes after the residual blocks of the first level and the convolution that latents enter by.
+    rename = unet_names([f"input_blocks.{blocks + 1}.0.op.weight"])
+
+    def find(stem: str) -> str | None:
+        name = _own_prefix(stem)
+        original = rename(_NUMBER.sub(".", name) + ".weight").removesuffix(".weight")
+        candidates = [name, original, TEXT_ENCODER + name]
+        return next((spelled[each] for each in map(_spelling, candidates) if each in spelled), None)
+
+    return find
+
+
+def _own_prefix(stem: str) -> str:
+    """A file's name with our prefix of its network."""
+    prefix = next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), "")
+    return _PREFIXES.get(prefix, "") + stem.removeprefix(prefix)
+
+
+def _spelling(name: str) -> str:
+    """The spelling that names are compared in."""
+    for pattern, replacement in _SPELLINGS:
+        name = pattern.sub(replacement, name)
+    return name
