@@ -241,7 +241,7 @@ def generate(
 
     Args:
         prompts: texts; with concepts each must contain the placeholder of at least one.
-        concept: one or several; those that come from `import_lora` and `import_embedding` too.
+        concept: one or several; those that come from `import_embedding` too.
         weights: of the concepts' weight offsets, 1 for each by default.
         num: pictures per prompt.
         seed: the same seed gives the same pictures on the same machine, whatever else is asked for beside them.
@@ -264,9 +264,9 @@ def generate(
     if weights is not None and not concepts:
         raise UserError("weights were given without concepts")
     composition = compose(concepts, weights) if concepts else None
-    tokens = [each.token for each in concepts if each.token]
+    tokens = [each.token for each in concepts]
     # An embedding from elsewhere may be meant for the negative prompt alone.
-    check_prompts(prompts, tokens if any(each.token and each.offsets for each in concepts) else ())
+    check_prompts(prompts, tokens if any(each.offsets for each in concepts) else ())
     for token in tokens:
         if not any(placeholder(token).search(text) for text in (*prompts, negative)):
             raise UserError(f"the placeholder {token!r} is in none of the prompts; write it where the concept belongs")

@@ -25,8 +25,7 @@ class Composition(NamedTuple):
         variables: all vectors `[n, d]`, in the placeholders' order, and the summed offsets.
         placeholders: how many vectors each stands for.
         words: what stands in each placeholder's place on the hard path.
-        blend: of the soft path: the mean over concepts with a placeholder and offsets, else over those with a
-            placeholder, else 1.
+        blend: of the soft path: the mean over the concepts with offsets, or over all where none has any.
     """
 
     variables: Variables
@@ -48,22 +47,19 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
         raise UserError(f"the weights of concepts must be finite numbers, not {weights}")
     placeholders, words = {}, {}
     for concept in concepts:
-        if not concept.token:
-            continue
         if concept.token in placeholders:
             raise UserError(
                 f"two concepts share the placeholder {concept.token!r}; personalize one of them with another --token"
             )
         placeholders[concept.token] = len(concept.embeddings)
         words[concept.token] = concept.nearest_word
-    named = [concept for concept in concepts if concept.token]
-    blends = [concept.blend for concept in named if concept.offsets] or [concept.blend for concept in named]
+    blends = [concept.blend for concept in concepts if concept.offsets] or [concept.blend for concept in concepts]
     embeddings = np.concatenate([np.asarray(concept.embeddings, np.float32) for concept in concepts])
     return Composition(
         Variables(jnp.asarray(embeddings), _summed([concept.offsets for concept in concepts], weights)),
         placeholders,
         words,
-        float(np.mean(blends)) if blends else 1.0,
+        float(np.mean(blends)),
     )
 
 

@@ -28,11 +28,6 @@ def pair(pipeline):
     return first, replace(second, embeddings=-second.embeddings, offsets=draw_offsets(few, seed=1, ranks=(1, 3)))
 
 
-def lora(concept):
-    """As it comes from another program: without vectors, placeholder and word."""
-    return replace(concept, embeddings=concept.embeddings[:0], token="", nearest_word="", blend=1.0)
-
-
 def embedding(concept, token):
     return replace(concept, offsets={}, token=token, blend=1.0)
 
@@ -114,19 +109,13 @@ def test_placeholders_read_their_own_vectors(pipeline, pair):
     np.testing.assert_array_equal(hard, pipeline.tokenizer.encode(["a photo of a cat with a robot"]))
 
 
-def test_vectors_stay_in_place_beside_a_lora(pair):
-    composition = compose([lora(pair[0]), pair[1]])
-    np.testing.assert_array_equal(composition.variables.embeddings, pair[1].embeddings)
-    assert composition.placeholders == {"S*2": 3}
-
-
 def test_blends(pair):
     first, second = pair
     assert compose([first]).blend == 0.3
     assert compose(pair).blend == pytest.approx(0.5)
     # What comes from elsewhere knows of no second path, and leaves the blend to the concept beside it.
-    assert compose([first, lora(second), embedding(second, "T*")]).blend == 0.3
-    assert compose([lora(first)]).blend == compose([embedding(first, "T*")]).blend == 1.0
+    assert compose([first, embedding(second, "T*")]).blend == 0.3
+    assert compose([embedding(first, "T*")]).blend == 1.0
     # A concept of vectors alone may have been tuned along both paths.
     assert compose([replace(first, offsets={})]).blend == 0.3
 
@@ -167,13 +156,6 @@ def test_a_weight_of_zero_leaves_the_offsets_out(pipeline, pair):
     half = {path: offset._replace(up=0.5 * offset.up) for path, offset in second.offsets.items()}
     scaled = generate(pipeline, PROMPT, concept=pair, weights=[1.0, 0.5])
     close(generate(pipeline, PROMPT, concept=[first, replace(second, offsets=half)]), scaled)
-
-
-def test_a_lora_needs_no_placeholder(pipeline, pair):
-    plain = ["a photo of a robot"]
-    without = generate(pipeline, plain)
-    assert far(generate(pipeline, plain, concept=lora(pair[0])), without)
-    close(generate(pipeline, plain, concept=lora(pair[0]), weights=[0.0]), without)
 
 
 def row(pipeline, word):

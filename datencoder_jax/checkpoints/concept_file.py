@@ -110,7 +110,7 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version")
     if version != VERSION:
         raise UserError(f"{path} is a concept file of format version {version}; this program reads version {VERSION}.")
-    lacking = [key for key in ("token", "blend", "base", "fingerprint", "nearest_word") if key not in metadata]
+    lacking = [key for key in ("token", "blend", "base", "fingerprint", "nearest_word") if not metadata.get(key)]
     if lacking:
         raise UserError(f"{path} is a damaged concept file: its metadata lacks {', '.join(lacking)}.")
 

@@ -82,7 +82,7 @@ class _TextEmbeddings(nnx.Module):
             raise ValueError(f"{length} tokens do not fit in {self.config.max_position_embeddings} positions")
         # Clipped, since out-of-range ids would read NaN.
         h = self.token_embedding(jnp.clip(ids, 0, vocab - 1))
-        if concept is not None and concept.shape[-2]:  # a LoRA from elsewhere has no vectors
+        if concept is not None:
             h = jnp.where((ids >= vocab)[..., None], _rows(concept.astype(h.dtype), ids - vocab), h)
         return h + self.position_embedding(jnp.arange(length))[None]
 
