@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datencoder_jax import sampling, tuning
-from datencoder_jax.composition import compose
+from datencoder_jax.composition import Composition, compose
 from datencoder_jax.data.images import to_float
 from datencoder_jax.data.reading import fit_square
 from datencoder_jax.diffusion.samplers import make_plan
@@ -27,6 +27,7 @@ from datencoder_jax.typing import AnyArray, Concept, Condition, LearningRates, V
 
 __all__ = ["Generated", "Personalized", "generate", "import_embedding", "load", "personalize", "with_lora"]
 
+_RANK = 4
 _PERSONALIZE, _GENERATE, _FRESH = 0, 1, 2
 """Streams of a seed's draws: pictures must not start from the noise their concept was seen under."""
 
@@ -65,7 +66,7 @@ def personalize(
     steps: int | None = None,
     token: str = "S*",
     word: str | None = None,
-    rank: int = 4,
+    rank: int | None = None,
     blend: float | None = None,
     seed: int = 0,
     resolution: int | None = None,
@@ -83,7 +84,7 @@ def personalize(
         steps: tuning steps, by default the method's; 0 returns the start, which is the encoder's prediction.
         token: the placeholder prompts will contain.
         word: what the methods without encoder start at, such as "dog" or "sks dog": one vector for each token of it.
-        rank: of the weight offsets of "lora"; an encoder has its own.
+        rank: of the weight offsets of "lora", 4 by default; an encoder has its own.
         blend: weight of the soft path in [0, 1]; by default the one the encoder was trained with, or 1 without encoder.
         seed: of every random draw; the same seed gives the same concept on the same machine.
         resolution: side in pixels that the pictures are brought to; by default the model's own.
@@ -105,7 +106,9 @@ def personalize(
         raise UserError("no picture was given")
     if steps < 0:
         raise UserError(f"steps must be 0 or more, not {steps}")
-    if rank < 1:
+    if rank is not None and (chosen.word is None or not chosen.offsets):
+        raise UserError(f"{method} takes no rank: only the weight offsets of lora have one to choose")
+    if rank is not None and rank < 1:
         raise UserError(f"rank must be 1 or more, not {rank}")
     if not token.strip() or token in TEMPLATE:
         raise UserError(f"{token!r} cannot be the placeholder; choose something no prompt holds otherwise, such as S*")
@@ -126,7 +129,7 @@ def personalize(
     with _Clock(seconds, "predict", datencoder.predict):
         variables = initial
         if variables is None:
-            variables = _start(pipeline, method, pictures, word, rank, predict_key, quiet)
+            variables = _start(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
             jax.block_until_ready(variables)
     if hard_word is None:
         hard_word = nearest_words(pipeline, variables.embeddings[-1:])[0][0]  # of "sks dog" it is the dog
@@ -155,7 +158,7 @@ def personalize(
             state = tuning.start(jax.tree.map(jnp.copy, variables))  # the program takes its carry over
             state, losses = tuning.run(state, problem, steps=steps, config=config, quiet=quiet)
             variables, losses = jax.block_until_ready((state.variables, losses))
-    nearest = nearest_words(pipeline, variables.embeddings)
+    nearest = nearest_words(pipeline, variables.embeddings[-1:])
     variables = jax.device_get(variables)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
         raise UserError("tuning diverged (values are no longer finite); lower the learning rates")
@@ -166,6 +169,7 @@ def personalize(
         "seed": str(seed),
         "pictures": str(len(images)),
         "resolution": str(pictures.shape[1]),
+        "prediction_type": base.schedule.prediction_type,
         "rank": ", ".join(sorted({str(offset.down.shape[-1]) for offset in variables.offsets.values()})),
         "learning_rate_embeddings": f"{rates.embeddings:g}",
         "learning_rate_offsets": f"{rates.offsets:g}",
@@ -194,7 +198,15 @@ def _start(
     chosen = METHODS[method]
     if chosen.word is not None:
         shapes = attention_shapes(pipeline.base.unet) if chosen.offsets else {}
-        return from_words(pipeline.base, pipeline.tokenizer.word_ids(word or chosen.word), shapes, rank, key)
+        ids = pipeline.tokenizer.word_ids(word or chosen.word)
+        if len(ids) > pipeline.tokenizer.length // 4:
+            raise UserError(f"{word!r} is {len(ids)} tokens long; name what the picture shows in a few words")
+        start = from_words(pipeline.base, ids, shapes, rank, key)
+        if not np.asarray(start.embeddings).any(axis=1).all():
+            raise UserError(
+                f"{word or chosen.word!r} means nothing to this model; name what the picture shows with --word"
+            )
+        return start
     if pipeline.encoder is None:
         others = " or ".join(name for name, other in METHODS.items() if other.word is not None)
         raise UserError(
@@ -248,8 +260,8 @@ def generate(
         resolution: side in pixels; by default the model's own.
         sampler: one of `diffusion.samplers.SAMPLERS`.
         sampling_steps: denoising steps.
-        guidance: scale of classifier-free guidance; 1 is none. By default the model's own: 2 for the embedded one, 7.5
-            for those that name none.
+        guidance: scale of classifier-free guidance; 1 is none. By default the model's own: 2 for the embedded one, 5
+            for XL, 7.5 for others.
         blend: weight of the soft path; by default the concepts'.
         negative: what the pictures should not show; it may contain placeholders too.
         batch_size: pictures sampled at a time, by default what the memory allows.
@@ -263,7 +275,7 @@ def generate(
             raise UserError(f"the concept was made for {each.base}, not for {pipeline.name}")
     if weights is not None and not concepts:
         raise UserError("weights were given without concepts")
-    composition = compose(concepts, weights) if concepts else None
+    composition = compose(concepts, weights) if concepts else Composition(None, {}, {}, 1.0)
     tokens = [each.token for each in concepts]
     # An embedding from elsewhere may be meant for the negative prompt alone.
     check_prompts(prompts, tokens if any(each.offsets for each in concepts) else ())
@@ -278,17 +290,12 @@ def generate(
     if guidance is None:
         guidance = pipeline.guidance
     base, tokenizer, seconds = pipeline.base, pipeline.tokenizer, {}
-    variables, hard, placeholders, blend = (
-        None,
-        None,
-        {},
-        _blend(None, blend if composition is None else composition.blend if blend is None else blend),
-    )
-    if composition is not None:
-        variables, placeholders = composition.variables, composition.placeholders
-        if blend < 1.0:  # at 1 there is only the soft path
-            hard = tokenizer.encode(prompts, words=composition.words)
+    variables, placeholders, words = composition[:3]
+    blend = _blend(None, composition.blend if blend is None else blend)
     soft = tokenizer.encode(prompts, placeholders)
+    hard = None
+    if variables is not None and blend < 1.0:  # at 1 there is only the soft path
+        hard = tokenizer.encode(prompts, words=words)
     noise, keys = _noise(pipeline, len(prompts), num, seed, resolution)
     rows = np.repeat(np.arange(len(prompts)), num)
     plan = make_plan(sampler, base.schedule, sampling_steps)

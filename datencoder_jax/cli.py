@@ -281,7 +281,7 @@ def _add_drawing(add: Callable, blend: str) -> None:
         "--guidance",
         type=_number(0),
         metavar="SCALE",
-        help="scale of classifier-free guidance; 1 for none (default: the model's own, such as 2 for toyworld, or 7.5)",
+        help="scale of classifier-free guidance; 1 for none (default: 2 for toyworld, 5 for XL, 7.5 for others)",
     )
     add("--blend", type=_number(0, 1), metavar="A", help=blend)
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")

@@ -40,6 +40,11 @@ def enable_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def compute_capability() -> float:
+    """Of the GPU, such as 8.0 for Ampere; infinite where the device is none."""
+    return float(getattr(jax.local_devices()[0], "compute_capability", "inf"))
+
+
 def compiler_options() -> dict[str, str | bool]:
     """What every program is compiled with.
 

@@ -22,13 +22,13 @@ class Composition(NamedTuple):
     """What sampling needs of one or several concepts.
 
     Attributes:
-        variables: all vectors `[n, d]`, in the placeholders' order, and the summed offsets.
+        variables: all vectors `[n, d]`, in the placeholders' order, and the summed offsets; None without a concept.
         placeholders: how many vectors each stands for.
         words: what stands in each placeholder's place on the hard path.
         blend: of the soft path: the mean over the concepts with offsets, or over all where none has any.
     """
 
-    variables: Variables
+    variables: Variables | None
     placeholders: dict[str, int]
     words: dict[str, str]
     blend: float

@@ -155,6 +155,8 @@ def import_embedding(pipeline: Pipeline, path: str | Path, token: str | None = N
     token = token or named
     if not token:
         raise UserError(f"{path} names no token; say which placeholder it is to have")
+    if token.split() != [token]:
+        raise UserError(f"the placeholder {token!r} must be one word without spaces")
     word = nearest_words(pipeline, jnp.asarray(vectors))[0][0]
     return Concept(vectors, {}, token, 1.0, pipeline.name, pipeline.fingerprint, word)
 

@@ -6,6 +6,7 @@ are there at once when every network stays with the host and visits the device w
 `docs/memory.md` has what each setting takes.
 """
 
+import os
 from dataclasses import dataclass
 
 import jax
@@ -35,10 +36,8 @@ PRESETS = {
 }
 """By GB of the device's memory."""
 
-_SHARE = 1.4
-"""Memory of a device to what JAX says of it: of a GPU it takes three quarters."""
-_ENOUGH = 28e9
-"""Bytes from which on nothing is saved."""
+_ENOUGH = 36e9
+"""Bytes of a device from which on nothing is saved."""
 
 
 def choose(large: bool) -> Memory:
@@ -52,7 +51,16 @@ def choose(large: bool) -> Memory:
     if jax.default_backend() == "cpu":
         return Memory(draws=4, remat=True, batch=1)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if not limit or limit > _ENOUGH:
+    total = limit / _share() if limit else _ENOUGH
+    if total >= _ENOUGH:
         return Memory()
-    smallest = min(PRESETS)
-    return PRESETS[max((size for size in PRESETS if size * 1e9 <= _SHARE * limit), default=smallest)]
+    # A device of 16 GB has a little less.
+    return PRESETS[max((size for size in PRESETS if size * 1e9 <= 1.1 * total), default=min(PRESETS))]
+
+
+def _share() -> float:
+    """The share of a device's memory that JAX takes: of a GPU three quarters, unless it is told otherwise."""
+    if jax.default_backend() != "gpu":
+        return 1.0
+    told = (os.environ.get(f"XLA_{name}_MEM_FRACTION") for name in ("CLIENT", "PYTHON_CLIENT"))
+    return float(next(filter(None, told), 0.75))

@@ -25,6 +25,7 @@ from datencoder_jax.checkpoints.hub import DEFAULTS, resolve_vision
 from datencoder_jax.checkpoints.parts import BaseParts
 from datencoder_jax.checkpoints.vision import read_vision
 from datencoder_jax.checkpoints.weights import describing
+from datencoder_jax.compilation import compute_capability
 from datencoder_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import Memory
@@ -221,14 +222,14 @@ def read_pipeline(path: Path, name: str, *, dtype: str = "float32", prediction_t
 
     Args:
         dtype: the type frozen weights are stored in. Accelerators compute with it, except in norms, softmax, losses and
-            XL's VAE; CPUs compute in float32.
+            XL's VAE; CPUs compute in float32, as do GPUs without bfloat16 in its place.
         prediction_type: "epsilon" or "v_prediction", in place of what the model says of itself.
 
     Raises:
         UserError: there is no such model, or a part is missing, damaged or unsupported.
     """
     parts = read_base(path, dtype=dtype, prediction_type=prediction_type)
-    compute = _computation(dtype)
+    compute = computation_type(dtype)
     unet, text = (model.cast(dtype, compute) for model in (parts.unet, parts.text_encoder))
     text_2, vision = (model and model.cast(dtype, compute) for model in (parts.text_encoder_2, parts.image_encoder))
     # Half precision overflows in XL's decoder.
@@ -273,7 +274,7 @@ def with_vision(pipeline: Pipeline, path: str | Path, *, dtype: str = "float32")
     """
     vision, extractor = read_vision(resolve_vision(path), dtype=dtype)
     mean, std = _pixels(extractor)
-    base = replace(pipeline.base, vision=vision.cast(dtype, _computation(dtype)), pixel_mean=mean, pixel_std=std)
+    base = replace(pipeline.base, vision=vision.cast(dtype, computation_type(dtype)), pixel_mean=mean, pixel_std=std)
     return replace(pipeline, base=base)
 
 
@@ -284,9 +285,14 @@ def _pixels(extractor: dict[str, Any] | None) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
 
 
-def _computation(dtype: str) -> str:
-    """The type of computations with weights stored as `dtype`: a CPU computes in float32, whatever it stores."""
-    return "float32" if jax.default_backend() == "cpu" else dtype
+def computation_type(dtype: str) -> str:
+    """The type of computations with weights stored as `dtype`.
+
+    A CPU computes in float32, whatever it stores; so does a GPU older than Ampere (such as a T4) with bfloat16, which
+    it has no units for.
+    """
+    lacks = jax.default_backend() == "cpu" or (dtype == "bfloat16" and compute_capability() < 8.0)
+    return "float32" if lacks else dtype
 
 
 def _second_pad(parts: BaseParts, tokenizer: PromptTokenizer) -> int:

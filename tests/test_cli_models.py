@@ -129,3 +129,24 @@ def test_several_concepts_and_an_embedding(base, concepts, tmp_path, capsys):
     fails(capsys, "a file and a weight", "generate", "--concept", first, "1", second, *prompt)
     fails(capsys, "a file and a token", "generate", "--embedding", embedding, "T*", "U*", *prompt)
     assert not (tmp_path / "x").exists()
+    fails(capsys, "is no weight", "generate", "--lora", embedding, "nan", *prompt)
+    fails(capsys, "There is no file", "generate", "--lora", "nowhere.safetensors", *prompt)
+    fails(capsys, "without spaces", "generate", "--model", base, "--embedding", embedding, " ", *prompt)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_concept_knows_what_its_model_predicts(base, concepts, tmp_path, capsys):
+    """As of a checkpoint of one file, which does not say."""
+    pipeline = read_pipeline(base, str(base))
+    file = tmp_path / "c.safetensors"
+    save_concept(file, tiny_concept(pipeline, base=str(base), metadata={"prediction_type": "v_prediction"}))
+    argv = ["generate", "--concept", file, *FAST, "--prompt", "a S*", "--out"]
+    fails(capsys, "--prediction-type v_prediction", *argv, tmp_path / "x", "--model", base)
+    run(*argv, tmp_path / "o")
+    run(*argv, tmp_path / "p", "--model", base, "--prediction-type", "v_prediction")
+    np.testing.assert_array_equal(*(read_image(tmp_path / name / "01_a-s_0.png") for name in "op"))
+
+
+def test_no_lora_of_a_method_without_offsets(base, picture, tmp_path, capsys):
+    argv = ["personalize", picture, "--model", base, "--method", "textual_inversion", "--export", "kohya"]
+    fails(capsys, "no weight offsets", *argv, "--out", tmp_path / "x")

@@ -13,6 +13,7 @@ import datencoder_jax
 from datencoder_jax import api, memory, sampling, tuning
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, Memory
+from datencoder_jax.pipeline import computation_type
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates
 
@@ -134,22 +135,28 @@ def test_less_memory_asks_for_no_more(plain):
 
 
 @pytest.mark.parametrize(
-    ("limit", "wanted"),
+    ("backend", "share", "limit", "wanted"),
     [
-        (4e9, PRESETS[8]),
-        (6e9, PRESETS[8]),
-        (11.8e9, PRESETS[16]),
-        (18e9, PRESETS[24]),
-        (60e9, Memory()),
-        (None, Memory()),
+        ("gpu", None, 4e9, PRESETS[8]),
+        ("gpu", None, 11.7e9, PRESETS[16]),
+        ("gpu", "0.95", 11.4e9, PRESETS[8]),
+        ("gpu", "0.95", 14.9e9, PRESETS[16]),
+        ("gpu", None, 18e9, PRESETS[24]),
+        ("gpu", None, 60e9, Memory()),
+        ("gpu", None, None, Memory()),
+        ("tpu", None, 16.9e9, PRESETS[16]),
     ],
 )
-def test_settings_are_chosen_by_the_device(monkeypatch, limit, wanted):
+def test_settings_are_chosen_by_the_device(monkeypatch, backend, share, limit, wanted):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    if share:
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", share)
+
     class Device:
         def memory_stats(self):
             return None if limit is None else {"bytes_limit": int(limit)}
 
-    monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(memory.jax, "default_backend", lambda: backend)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device()])
     assert memory.choose(large=True) == wanted
     assert memory.choose(large=False) == Memory()
@@ -212,3 +219,24 @@ def test_misuse_is_one_sentence(folder, options, message):
     with pytest.raises(UserError, match=message) as info:
         datencoder_jax.load(folder, **options)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "wanted"),
+    [
+        ("cpu", None, "bfloat16", "float32"),
+        ("tpu", None, "bfloat16", "bfloat16"),
+        ("gpu", "9.0", "bfloat16", "bfloat16"),
+        ("gpu", "7.5", "bfloat16", "float32"),
+        ("gpu", "7.5", "float16", "float16"),
+    ],
+)
+def test_computations_are_of_a_type_the_device_has(monkeypatch, backend, capability, dtype, wanted):
+    class Device:
+        pass
+
+    if capability:
+        Device.compute_capability = capability
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert computation_type(dtype) == wanted

@@ -10,6 +10,7 @@ from tiny import pictures
 
 from datencoder_jax import api, tuning
 from datencoder_jax.errors import UserError
+from datencoder_jax.models.clip_text import TOKEN_TABLE
 from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates, Variables
@@ -179,6 +180,8 @@ def test_methods_have_their_own_steps_and_rates(blind, monkeypatch):
         ("dreambooth", {}, "'dreambooth' is not known; choose one of: datencoder, lora, textual_inversion"),
         ("lora", {"word": " "}, "' ' is no word of this model's vocabulary; .*--word"),
         ("lora", {"rank": 0}, "rank must be 1 or more, not 0"),
+        ("datencoder", {"rank": 4, "word": None}, "datencoder takes no rank"),
+        ("textual_inversion", {"rank": 4}, "textual_inversion takes no rank"),
         ("lora", {"steps": -1}, "steps must be 0 or more"),
         ("lora", {"blend": 1.5}, "blend must lie between 0 and 1"),
         ("datencoder", {"word": "robot"}, "datencoder takes no word"),
@@ -192,5 +195,12 @@ def test_misuse_is_one_sentence(blind, method, options, message):
 
 
 def test_more_words_than_the_prompt_holds_are_refused(pipeline):
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="tokens long"):
         personalize(pipeline, method="lora", word="robot " * 60, steps=1)
+
+
+def test_a_word_that_means_nothing_is_refused(pipeline):
+    table = pipeline.base.table.at[pipeline.tokenizer.word_id("robot")].set(0.0)
+    text = pipeline.base.text.with_params(pipeline.base.text.params | {TOKEN_TABLE: table})
+    with pytest.raises(UserError, match="'robot' means nothing to this model"):
+        personalize(replace(pipeline, base=replace(pipeline.base, text=text)), method="lora", steps=0)

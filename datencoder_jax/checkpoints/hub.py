@@ -146,7 +146,7 @@ def choose_files(files: list[str], repo: str) -> list[str]:
     Raises:
         UserError: the repository is not in diffusers format, or a part has pickled weights only.
     """
-    if any(f.endswith("pytorch_lora_weights.safetensors") for f in files):
+    if _INDEX not in files and any(f.endswith("pytorch_lora_weights.safetensors") for f in files):
         raise UserError(f"{repo} is a LoRA, which changes a base model and is none; name the base model it is for.")
     if _INDEX not in files:
         raise UserError(f"{repo} is not in diffusers format: it has no {_INDEX}.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from datencoder_jax.checkpoints.hub import TOYWORLD
+from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.shared import (
     announce_device,
     check_texts,
@@ -33,10 +35,14 @@ def run(args: Namespace) -> None:
     files = [_with_weight(values, "--concept") for values in args.concept]
     loras = [_with_weight(values, "--lora") for values in args.lora]
     embeddings = [_with_token(values) for values in args.embedding]
+    for file, token in loras + embeddings:
+        check_unicode(str(token))
+        if not expand_user(file).exists():
+            raise UserError(f"There is no file {file}.")
     concepts = [read_concept(file) for file, _ in files]
-    if concepts:
-        check_texts(args.prompts, [concept.token for concept in concepts] + [token for _, token in embeddings if token])
-    elif args.blend is not None:
+    if concepts and not embeddings and all(concept.offsets for concept in concepts):
+        check_texts(args.prompts, [concept.token for concept in concepts])
+    if not concepts and args.blend is not None:
         raise UserError("--blend weighs a concept's path against the plain model's, so it needs --concept FILE.")
 
     device = announce_device()
@@ -78,9 +84,12 @@ def _with_weight(values: Sequence[str], option: str) -> tuple[str, float]:
     if len(values) > 2:
         raise UserError(f"{option} takes a file and a weight, not {' '.join(values)!r}; repeat it for several files.")
     try:
-        return values[0], float(values[1]) if len(values) == 2 else 1.0
-    except ValueError as error:
-        raise UserError(f"{values[1]!r} is no weight; repeat {option} for several files.") from error
+        weight = float(values[1]) if len(values) == 2 else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"{values[1]!r} is no weight; repeat {option} for several files.")
+    return values[0], weight
 
 
 def _with_token(values: Sequence[str]) -> tuple[str, str | None]:

@@ -16,6 +16,7 @@ from datencoder_jax.commands.export import png, target_of
 from datencoder_jax.commands.shared import (
     announce_device,
     check_texts,
+    check_unicode,
     common_report,
     given,
     listed_pictures,
@@ -44,7 +45,11 @@ def run(args: Namespace) -> None:
             f"There is no tuning-encoder for {args.model}: name the folder of one with --encoder, choose a method that "
             f"needs none with --method (lora, textual_inversion), or use the embedded model with --model {TOYWORLD}."
         )
+    check_unicode(args.word or "")
     check_name(args.name)
+    kinds = None if args.export is None else args.export or KINDS
+    if args.method == "textual_inversion" and kinds and set(kinds) == {"kohya"}:
+        raise UserError("textual_inversion has no weight offsets, so there is no LoRA to export; export embedding.")
     images = [read_image(path) for path in args.images]
     args.out = check_writable(args.out)
 
@@ -52,6 +57,8 @@ def run(args: Namespace) -> None:
     from datencoder_jax import api
     from datencoder_jax.checkpoints.concept_file import save_concept
 
+    if args.method != "datencoder":
+        args.encoder = None  # it would not be asked
     pipeline = load(args, args.model)
     prompts = args.prompts or [prompt.replace("S*", args.token) for prompt in pipeline.prompts]
     options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution")
@@ -83,16 +90,17 @@ def run(args: Namespace) -> None:
         "losses": tuned.report["losses"],
     } | common_report(args, pipeline, prompts, [tuned.report, made.report], device, started)
     sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, earlier)
-    if args.export is not None:
+    if kinds is not None:
+        card = "card" in kinds
         files = export_concept(
             args.out,
             tuned.concept,
             target_of(pipeline),
             name=args.name,
-            kinds=args.export or KINDS,
+            kinds=kinds,
             sheet=png(sheet),
             thumbnail=png(made.images[0, 0]),
-            scores=_scores(pipeline, tuned.concept, inputs, prompts, made.images, drawing),
+            scores=_scores(pipeline, tuned.concept, inputs, prompts, made.images, drawing) if card else None,
         )
         say(f"exported {', '.join(sorted(files))}")
 

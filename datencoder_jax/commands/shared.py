@@ -59,13 +59,18 @@ def read_concept(file: str, pipeline: Pipeline | None = None) -> Concept:
     from datencoder_jax.pipeline import attention_shapes
 
     width = int(pipeline.base.table.shape[1])
-    return load_concept(
-        file, pipeline.fingerprint, attention_shapes(pipeline.base.unet), base=pipeline.name, width=width
-    )
+    shapes = attention_shapes(pipeline.base.unet)
+    concept = load_concept(file, pipeline.fingerprint, shapes, base=pipeline.name, width=width)
+    said = concept.metadata.get("prediction_type")
+    if said and said != pipeline.base.schedule.prediction_type:
+        raise UserError(f"{file} was made with the model predicting {said}; add --prediction-type {said}.")
+    return concept
 
 
 def load_base_of(args: Namespace, file: str, concept: Concept, option: str = "--model") -> Pipeline:
     """The base model that the concept in `file` was made for."""
+    # A checkpoint of one file does not say what it predicts; the concept does.
+    args.prediction_type = args.prediction_type or concept.metadata.get("prediction_type")
     try:
         return load(args, concept.base)
     except UserError as error:
@@ -87,7 +92,7 @@ def check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"The prompt {text!r} is not valid Unicode.") from error
+        raise UserError(f"The text {text!r} is not valid Unicode.") from error
 
 
 def device_name() -> str:

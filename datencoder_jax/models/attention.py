@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from datencoder_jax.compilation import compute_capability
 from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1
 from datencoder_jax.typing import LowRank, Offsets
 
@@ -55,10 +56,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, im
 
 
 def _choose(q: jax.Array, k: jax.Array, causal: bool) -> str:
-    """cuDNN where it applies (half precision, head dim a multiple of 8 up to 128, no short or causal sequence)."""
+    """cuDNN where it applies (Ampere or newer, half precision, head dim a multiple of 8 up to 128, not causal)."""
     queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and half and dim % 8 == 0 and dim <= 128 and not causal:
+    fits = half and dim % 8 == 0 and dim <= 128 and not causal
+    if jax.default_backend() == "gpu" and fits and compute_capability() >= 8.0:
         return "cudnn"
     if queries * keys >= 4096 * 4096 and not causal:
         return "chunked"
