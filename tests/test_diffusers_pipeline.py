@@ -140,6 +140,8 @@ def test_what_the_card_says_works(exported, modules, tmp_path, monkeypatch, way)
     pipeline, _, out, base = exported
     code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[way]
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("<this folder>", str(out)).replace('"tiny"', repr(str(base))), {})
+    for said, place in {"<this folder>": out, "<folder of the base model in diffusers' format>": base}.items():
+        code = code.replace(said, str(place))
+    exec(code, {})
     with Image.open("picture.png") as picture:
         assert picture.size == (pipeline.resolution, pipeline.resolution)

@@ -1,7 +1,10 @@
 """A concept's files for other programs, against those programs."""
 
+import base64
+import io
 import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 
 import jax
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from checkpoint_helpers import equal, nothing_left, refuses
 from export_helpers import TARGET, draw_offsets, nchw, nhwc, tiny_concept
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from tiny import write_tiny_base
@@ -18,6 +22,7 @@ from datencoder_jax.checkpoints.concept_file import load_concept
 from datencoder_jax.checkpoints.embedding_files import read_embedding
 from datencoder_jax.checkpoints.export import KINDS, Target, export_concept
 from datencoder_jax.checkpoints.lora_files import read_lora
+from datencoder_jax.commands.export import run, thumbnail
 from datencoder_jax.models.module import abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.pipeline import attention_shapes, projection_shapes, read_pipeline
@@ -260,6 +265,62 @@ def test_the_card(out, tmp_path, concept):
     assert not list(tmp_path.glob("it.safetensors"))
 
 
+def test_the_card_names_repositories_of_the_hub_alone(tmp_path, concept, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sd15").mkdir(parents=True)
+    for base, there in (
+        ("someone/some-model.v2", True),
+        ("models/sd15", False),
+        ("models/x.safetensors", False),
+        ("toyworld", False),
+        ("/home/models/sd15", False),
+        ("someone/some-model\n", False),
+    ):
+        export_concept("out", replace(concept, base=base), TARGET, name="toy", kinds=["diffusers", "card"])
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert ("base_model:" in card) == there, base
+        loaded = base if there else "<folder of the base model in diffusers' format>"
+        assert card.count(f'from_pretrained("{loaded}"') == 2, base
+
+
+def test_the_words_of_a_prompt_are_what_the_embedding_is_called(tmp_path, concept):
+    export_concept(tmp_path, concept, TARGET, name="x_emb", kinds=["kohya", "embedding", "card"])
+    for file in ("x_emb.safetensors", "x_emb_emb.safetensors"):
+        found = metadata(tmp_path / file)
+        assert found["modelspec.trigger_phrase"] == "x_emb_emb"
+        assert "embedding x_emb_emb " in found["modelspec.usage_hint"]
+        assert found["modelspec.title"] == file.removesuffix(".safetensors")
+    assert "embedding:x_emb_emb on" in (tmp_path / "README.md").read_text()
+
+
+def test_a_thumbnail_is_small():
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 512, 3), dtype=np.uint8)
+    for picture, size in ((noise, (128, 256)), (noise[:32, :16], (16, 32))):
+        with Image.open(io.BytesIO(thumbnail(picture))) as image:
+            assert (image.format, image.size) == ("JPEG", size)
+    assert len(thumbnail(noise)) < 40_000
+
+
+def test_the_command_takes_the_thumbnail_beside_the_concept(tmp_path, base, concept):
+    made = tmp_path / "made"
+    export_concept(made, concept, TARGET, name="toy", kinds=["diffusers"])
+    given = {"concept": made / "concept.safetensors", "samples": None, "name": "toy", "to": ["kohya"]}
+    args = Namespace(**given, out=tmp_path / "out", base=str(base), dtype="auto", prediction_type=None)
+
+    def exported():
+        run(args)
+        return metadata(tmp_path / "out" / "toy.safetensors").get("modelspec.thumbnail")
+
+    red = Image.new("RGB", (300, 300), "red")
+    red.save(made / "01_a-photo_0.png")
+    assert exported() is None
+    red.save(made / "samples.png")
+    kind, content = exported().split(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert image.size == (256, 256) and image.getpixel((9, 9))[0] > 250
+
+
 # --- round trips
 
 
@@ -334,13 +395,26 @@ def test_all_or_nothing(tmp_path, concept):
     refuses("Cannot write", export_concept, tmp_path / "file", concept, TARGET, name="toy")
 
 
+@pytest.mark.parametrize(("file", "kind"), [("README.md", "card"), ("pipeline.py", "diffusers")])
+def test_files_of_somebody_else_stay(tmp_path, concept, file, kind):
+    (tmp_path / file).write_text("mine")
+    refuses(f"{file} was not made .* --out, or leave {kind} out", export_concept, tmp_path, concept, TARGET, name="toy")
+    assert [path.name for path in tmp_path.iterdir()] == [file] and (tmp_path / file).read_text() == "mine"
+    export_concept(tmp_path, concept, TARGET, name="toy", kinds=[each for each in KINDS if each != kind])
+    assert (tmp_path / file).read_text() == "mine"
+    (tmp_path / file).unlink()
+    for word in ("one", "two"):  # what is ours is replaced
+        export_concept(tmp_path, replace(concept, nearest_word=word), TARGET, name="toy")
+    assert kind == "diffusers" or '"two"' in (tmp_path / file).read_text()
+
+
 def test_refuses_what_cannot_be_exported(tmp_path, concept):
     def refused(match, offered=concept, target=TARGET, **options):
         refuses(match, export_concept, tmp_path, offered, target, **{"name": "toy"} | options)
 
     refused("onnx cannot be exported; choose among diffusers, kohya", kinds=["kohya", "onnx"])
     refused("Nothing cannot|Nothing", kinds=[])
-    for name in ("a/b", "", "my cat", "..", "concept"):
+    for name in ("a/b", "", "my cat", "..", "concept", "toy\n"):
         refused("cannot name the exported files", name=name)
     refused("no LoRA to write", replace(concept, offsets={}), kinds=["kohya"])
     refused(r"\[2, 12\] do not fit .* \[768, 1280\]", target=Target((768, 1280), 1024))

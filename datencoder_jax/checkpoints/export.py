@@ -11,7 +11,7 @@ card        README.md, samples.png                    model card
 import base64
 import datetime
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from datencoder_jax.checkpoints.atomic import atomic_write, flush, flush_folder,
 from datencoder_jax.checkpoints.concept_file import save_concept
 from datencoder_jax.checkpoints.embedding_files import diffusers_token, embedding_tensors
 from datencoder_jax.checkpoints.lora_files import diffusers_tensors, kohya_tensors
-from datencoder_jax.checkpoints.model_card import model_card
+from datencoder_jax.checkpoints.model_card import MARK, model_card
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import Concept
@@ -30,7 +30,7 @@ from datencoder_jax.typing import Concept
 KINDS = ("diffusers", "kohya", "embedding", "card")
 
 _PIPELINE = Path(__file__).parent.parent / "assets" / "diffusers" / "pipeline.py"
-_NAME = re.compile(r"^\w[\w.-]*$", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _TAKEN = ("concept", "learned_embeds", "pytorch_lora_weights")
 _PT = {"format": "pt"}
 
@@ -88,8 +88,10 @@ def export_concept(
         The names of the files written.
 
     Raises:
-        UserError: an unknown kind, a bad name, nothing to write, or the folder cannot be written.
+        UserError: an unknown kind, a bad name, nothing to write, a file of somebody else would be replaced, or the
+            folder cannot be written.
     """
+    check_replaceable(folder, kinds)
     writers = _writers(concept, target, name, set(kinds), thumbnail)
     if "card" in kinds:
         files = [*writers, *(["samples.png"] if sheet else [])]
@@ -105,8 +107,34 @@ def export_concept(
 
 def check_name(name: str) -> None:
     """Raises `UserError` for a name that the exported files cannot have."""
-    if not _NAME.match(name) or name in _TAKEN:
+    if not _NAME.fullmatch(name) or name in _TAKEN:
         raise UserError(f"{name!r} cannot name the exported files; use letters, digits, - and _, such as my-cat.")
+
+
+def check_replaceable(folder: str | Path, kinds: Collection[str]) -> None:
+    """Raises `UserError` where exporting `kinds` into `folder` would replace a README.md or pipeline.py not of ours."""
+    folder = expand_user(folder)
+    card, code = folder / "README.md", folder / "pipeline.py"
+    if "card" in kinds and MARK not in _lines(card, [MARK]):
+        raise _not_ours(card, "card")
+    start = _lines(_PIPELINE)[0]
+    if "diffusers" in kinds and _lines(code, [start])[:1] != [start]:
+        raise _not_ours(code, "diffusers")
+
+
+def _lines(path: Path, missing: Sequence[str] = ()) -> Sequence[str]:
+    """The lines of a file, or `missing` where there is none."""
+    try:
+        return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else missing
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
+
+
+def _not_ours(path: Path, kind: str) -> UserError:
+    return UserError(
+        f"{path} was not made by datencoder and would be replaced; choose another --out, or leave {kind} out of --to "
+        "(or --export)."
+    )
 
 
 _Writer = Callable[[Path], object]
@@ -140,7 +168,7 @@ def _writers(
         tensors(f"{name}.safetensors", kohya_tensors(concept.offsets), metadata)
     if "embedding" in kinds:
         vectors = embedding_tensors(concept.embeddings, target.widths, embedding_files.PARAMS)
-        metadata = _PT | _model_spec(concept, target, f"{name}_emb", "textual-inversion")
+        metadata = _PT | _model_spec(concept, target, name, "textual-inversion")
         tensors(f"{name}_emb.safetensors", vectors, metadata)
     return writers
 
@@ -167,14 +195,14 @@ def _training_metadata(concept: Concept, target: Target, name: str) -> dict[str,
     }
 
 
-def _model_spec(concept: Concept, target: Target, title: str, adapter: str) -> dict[str, str]:
+def _model_spec(concept: Concept, target: Target, name: str, adapter: str) -> dict[str, str]:
     """The keys of Stability AI's ModelSpec 1.0.1."""
-    word = f"{title.removesuffix('_emb')}_emb"
+    word = f"{name}_emb"
     values = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{_family(target).architecture}/{adapter}",
         "implementation": "diffusers",
-        "title": title,
+        "title": name if adapter == "lora" else word,
         "resolution": f"{target.resolution}x{target.resolution}",
         "description": f"A personalized concept near to {concept.nearest_word!r}: its soft path.",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

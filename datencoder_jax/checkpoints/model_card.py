@@ -1,13 +1,18 @@
 """The model card of an exported concept: what it is, its pictures and scores, and how other programs use it."""
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 
 from datencoder_jax.checkpoints.embedding_files import diffusers_token
 from datencoder_jax.typing import Concept
 
-_REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+MARK = "<!-- made by datencoder -->"
+"""A line that every card has and nobody sees, by which a card may be replaced."""
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_BASE_FOLDER = "<folder of the base model in diffusers' format>"
 
 _DUAL_PATH = """## diffusers, exactly as it was tuned
 
@@ -71,14 +76,14 @@ def model_card(
     """
     prompt, plain = f"a photo of a {concept.token}", diffusers_token(concept.token, len(concept.embeddings))
     values = {
-        "base": _quoted(concept.base),
+        "base": _quoted(concept.base if _on_hub(concept.base) else _BASE_FOLDER),
         "prompt": _quoted(f"{prompt} on the beach"),
         "plain_prompt": _quoted(f"a photo of a {plain} on the beach"),
         "token": _quoted(plain),
         "plain_way": "the soft path alone" if concept.blend < 1 else "without a custom pipeline",
         "name": name,
     }
-    sections = [_front_matter(concept, prompt, files, encoders), _introduction(concept, name, files)]
+    sections = [_front_matter(concept, prompt, files, encoders), f"{MARK}\n", _introduction(concept, name, files)]
     if scores:
         sections.append(_table(scores))
     if "pipeline.py" in files:
@@ -92,12 +97,17 @@ def model_card(
     return "\n".join(sections)
 
 
+def _on_hub(base: str) -> bool:
+    """Whether `base` names a repository of the Hugging Face Hub, not a place on the machine the concept was made on."""
+    return bool(_REPOSITORY.fullmatch(base)) and not base.endswith(".safetensors") and not os.path.exists(base)
+
+
 def _front_matter(concept: Concept, prompt: str, files: Collection[str], encoders: int) -> str:
     family = "stable-diffusion" if encoders == 1 else "stable-diffusion-xl"
     lora = ["lora"] if concept.offsets else []
     quoted = _quoted(prompt)
     lines = ["---"]
-    if _REPOSITORY.match(concept.base):  # anything else is a place on the machine it was made on
+    if _on_hub(concept.base):
         lines.append(f"base_model: {concept.base}")
     lines += ["library_name: diffusers", "tags:"]
     lines += [f"- {tag}" for tag in ("text-to-image", family, "diffusers", *lora, "textual-inversion")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from datencoder_jax.checkpoints.export import Target, check_name, export_concept
+from datencoder_jax.checkpoints.export import Target, check_name, check_replaceable, export_concept
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.shared import load, load_base_of, read_concept, say
 from datencoder_jax.data.reading import read_image
@@ -19,22 +19,37 @@ from datencoder_jax.data.writing import check_writable
 if TYPE_CHECKING:
     from datencoder_jax.pipeline import Pipeline
 
+_SIDE = 256  # what user interfaces show, and small beside the LoRA that holds it
+
 
 def run(args: Namespace) -> None:
     """Exports a concept file."""
     check_name(args.name)
     args.out = check_writable(args.out)
+    check_replaceable(args.out, args.to)
     concept = read_concept(args.concept)
     sheet = _sheet(args)
+    small = _thumbnail(args) if sheet else None
     pipeline = load(args, args.base) if args.base else load_base_of(args, args.concept, concept, "--base")
     concept = read_concept(args.concept, pipeline)
-    files = export_concept(args.out, concept, target_of(pipeline), name=args.name, kinds=args.to, sheet=sheet)
+    files = export_concept(
+        args.out, concept, target_of(pipeline), name=args.name, kinds=args.to, sheet=sheet, thumbnail=small
+    )
     say(f"exported {', '.join(sorted(files))} to {args.out}")
 
 
 def target_of(pipeline: Pipeline) -> Target:
     """What other programs need to know of the base model."""
     return Target(pipeline.base.widths, pipeline.resolution, pipeline.base.schedule.prediction_type)
+
+
+def thumbnail(picture: np.ndarray) -> bytes:
+    """The content of a JPEG file of a uint8 picture `[H, W, 3]`, shrunk where a side is longer than 256 pixels."""
+    image = Image.fromarray(picture)
+    image.thumbnail((_SIDE, _SIDE))
+    with io.BytesIO() as file:
+        image.save(file, "JPEG", quality=85)
+        return file.getvalue()
 
 
 def png(picture: np.ndarray | Image.Image) -> bytes:
@@ -51,3 +66,9 @@ def _sheet(args: Namespace) -> bytes | None:
     if args.samples is None and not path.is_file():
         return None
     return png(read_image(path))
+
+
+def _thumbnail(args: Namespace) -> bytes | None:
+    """Of the first picture of the first prompt, if it is beside the concept file."""
+    pictures = sorted(Path(expand_user(args.concept)).parent.glob("01_*_0.png"))
+    return thumbnail(read_image(pictures[0])) if pictures else None
