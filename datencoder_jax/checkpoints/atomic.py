@@ -7,8 +7,8 @@ disk leaves a file that looks finished and is not. Failures of the file system a
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,49 @@ def atomic_write(path: str | Path, *, replaces: str | None = None, flushed: bool
         raise UserError(f"Cannot write {path}: {_reason(error)}.") from error
     finally:
         _remove(temporary)
+
+
+def write_all(folder: str | Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes files into `folder`, which is made if it is missing; other files there stay.
+
+    Every file is first written in full under a temporary name and flushed to the disk. Only when all are there do they
+    get their names, the first of `writers` last: where that one is new, so are the others.
+
+    Args:
+        folder: where to.
+        writers: what writes a file, given the path to write at, by file name.
+
+    Raises:
+        UserError: something cannot be written. Then `folder` is as it was, unless it was the renaming itself that
+            failed, or the flushing of the folder after it: files that had their names by then keep them.
+    """
+    folder = expand_user(folder)
+    with no_empty_folder(folder):
+        with ExitStack() as renames:
+            for name, write in writers.items():
+                temporary = renames.enter_context(atomic_write(folder / name, flushed=True))
+                if (folder / name).is_dir():  # an empty one, which would show only when the file is renamed
+                    raise UserError(f"Cannot write {folder / name}: a folder is in the way; choose another place.")
+                write(temporary)
+                flush(temporary)
+        try:
+            flush_folder(folder)
+        except OSError as error:
+            raise UserError(f"Cannot write to {folder}: {(error.strerror or str(error)).lower()}.") from error
+
+
+@contextmanager
+def no_empty_folder(folder: str | Path) -> Iterator[None]:
+    """When the block fails, removes `folder` and its parents again as far as the block made them and they are empty."""
+    folder = expand_user(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that holds something stays, and so do its parents
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

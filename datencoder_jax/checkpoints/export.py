@@ -12,13 +12,12 @@ import base64
 import datetime
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from datencoder_jax.checkpoints import embedding_files, lora_files
-from datencoder_jax.checkpoints.atomic import atomic_write, flush, flush_folder, save_tensors
+from datencoder_jax.checkpoints.atomic import save_tensors, write_all
 from datencoder_jax.checkpoints.concept_file import save_concept
 from datencoder_jax.checkpoints.embedding_files import diffusers_token, embedding_tensors
 from datencoder_jax.checkpoints.lora_files import diffusers_tensors, kohya_tensors
@@ -101,7 +100,7 @@ def export_concept(
             writers["samples.png"] = partial(_write_bytes, content=sheet)
     if not writers:
         raise UserError(f"{concept.token} has no weight offsets, so there is no LoRA to write; export its embedding.")
-    _write_all(expand_user(folder), writers)
+    write_all(folder, writers)
     return list(writers)
 
 
@@ -229,22 +228,3 @@ def _write_text(path: Path, text: str) -> None:
 
 def _write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _write_all(folder: Path, writers: Mapping[str, _Writer]) -> None:
-    """Writes every file under a temporary name, and only when all are on the disk gives them their own."""
-    new = not folder.exists()
-    try:
-        with ExitStack() as renames:
-            for name, write in writers.items():
-                temporary = renames.enter_context(atomic_write(folder / name, flushed=True))
-                if (folder / name).is_dir():  # an empty one, which would show only when the file is renamed
-                    raise UserError(f"Cannot write {folder / name}: a folder is in the way; choose another place.")
-                write(temporary)
-                flush(temporary)
-        flush_folder(folder)
-    except BaseException:
-        if new:
-            with suppress(OSError):  # it stays if it holds something
-                folder.rmdir()
-        raise

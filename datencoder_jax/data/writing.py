@@ -7,15 +7,16 @@ import math
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from datencoder_jax.checkpoints.atomic import atomic_write, flush, flush_folder
+from datencoder_jax.checkpoints.atomic import no_empty_folder as no_empty_folder
+from datencoder_jax.checkpoints.atomic import write_all
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.errors import UserError
 
@@ -49,49 +50,14 @@ def check_writable(folder: str | Path) -> Path:
 def write_files(folder: str | Path, files: Mapping[str, Any]) -> None:
     """Writes files into `folder`, which is made if it is missing; other files there stay.
 
-    Every file is first written in full under a temporary name and flushed to the disk. Only when all are there do they
-    get their names, the first of `files` last: where that one is new, so are the others.
-
     Args:
         folder: where to.
         files: content by file name: a picture (`PIL.Image` or uint8 `[H, W, 3]`) becomes a PNG, anything else JSON.
 
     Raises:
-        UserError: something cannot be written. Then `folder` is as it was, unless it was the renaming itself that
-            failed, or the flushing of the folder after it: files that had their names by then keep them.
+        UserError: something cannot be written; see `write_all`.
     """
-    folder = expand_user(folder)
-    with no_empty_folder(folder):
-        with ExitStack() as renames:
-            for name, content in files.items():
-                temporary = renames.enter_context(atomic_write(folder / name, flushed=True))
-                if (folder / name).is_dir():  # an empty one, which would show only when the file is renamed
-                    raise UserError(f"Cannot write {folder / name}: a folder is in the way; choose another place.")
-                if isinstance(content, np.ndarray):
-                    content = Image.fromarray(content)
-                if isinstance(content, Image.Image):
-                    content.save(temporary, format="PNG")
-                else:
-                    temporary.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", "utf-8")
-                flush(temporary)
-        try:
-            flush_folder(folder)
-        except OSError as error:
-            raise UserError(f"Cannot write to {folder}: {(error.strerror or str(error)).lower()}.") from error
-
-
-@contextmanager
-def no_empty_folder(folder: str | Path) -> Iterator[None]:
-    """When the block fails, removes `folder` and its parents again as far as the block made them and they are empty."""
-    folder = expand_user(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # one that holds something stays, and so do its parents
-            for path in made:
-                path.rmdir()
-        raise
+    write_all(folder, {name: partial(_write, content=content) for name, content in files.items()})
 
 
 def picture_name(row: int, prompt: str, column: int) -> str:
@@ -99,6 +65,15 @@ def picture_name(row: int, prompt: str, column: int) -> str:
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", plain)[:48].strip("-") or "prompt"
     return f"{row + 1:02d}_{slug}_{column}.png"
+
+
+def _write(path: Path, content: Any) -> None:
+    if isinstance(content, np.ndarray):
+        content = Image.fromarray(content)
+    if isinstance(content, Image.Image):
+        content.save(path, format="PNG")
+    else:
+        path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def _plain(value: Any) -> Any:
