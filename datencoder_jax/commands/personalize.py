@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datencoder_jax.checkpoints.export import KINDS, check_name, export_concept
+from datencoder_jax.checkpoints.atomic import no_empty_folder
+from datencoder_jax.checkpoints.export import KINDS, check_name, check_replaceable, export_concept
 from datencoder_jax.checkpoints.hub import TOYWORLD
-from datencoder_jax.commands.export import png, target_of
+from datencoder_jax.commands.export import png, target_of, thumbnail
 from datencoder_jax.commands.shared import (
     announce_device,
     check_texts,
@@ -25,7 +26,7 @@ from datencoder_jax.commands.shared import (
     write_run,
 )
 from datencoder_jax.data.reading import fit_square, read_image
-from datencoder_jax.data.writing import check_writable, no_empty_folder
+from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
 from datencoder_jax.prompts import placeholder
 from datencoder_jax.typing import Concept, LearningRates
@@ -52,6 +53,8 @@ def run(args: Namespace) -> None:
         raise UserError("textual_inversion has no weight offsets, so there is no LoRA to export; export embedding.")
     images = [read_image(path) for path in args.images]
     args.out = check_writable(args.out)
+    if kinds is not None:
+        check_replaceable(args.out, kinds)
 
     device = announce_device()
     from datencoder_jax import api
@@ -99,7 +102,7 @@ def run(args: Namespace) -> None:
             name=args.name,
             kinds=kinds,
             sheet=png(sheet),
-            thumbnail=png(made.images[0, 0]),
+            thumbnail=thumbnail(made.images[0, 0]),
             scores=_scores(pipeline, tuned.concept, inputs, prompts, made.images, drawing) if card else None,
         )
         say(f"exported {', '.join(sorted(files))}")

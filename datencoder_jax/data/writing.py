@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datencoder_jax.checkpoints.atomic import no_empty_folder as no_empty_folder
 from datencoder_jax.checkpoints.atomic import write_all
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.errors import UserError
