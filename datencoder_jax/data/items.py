@@ -1,0 +1,58 @@
+"""What pretraining reads: sources of items, by number.
+
+A `Source` is a list of pictures of known length that can be read at any place, from several threads at once. Sources
+differ in where the bytes lie (a folder, tar shards, records); all that follows, from decoding to batches, is the same
+for every one of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Item(NamedTuple):
+    """One picture of a source, as it is stored."""
+
+    key: str
+    """Names it in messages and logs, within its source: "00003.tar:000031001"."""
+    picture: bytes | np.ndarray
+    """A picture file's content, or uint8 `[H, W, 3]`."""
+    caption: str | None = None
+    box: tuple[float, float, float, float] | None = None
+    """The part to show: top, left, bottom, right as shares of height and width in [0, 1]; None: all of it."""
+
+
+class Source(Protocol):
+    """Items by number; `source[index]` is a pure function of the index, safe in several threads."""
+
+    name: str
+    """Names it in messages."""
+    report: dict[str, int]
+    """How many things that looked like items the source left out, by reason."""
+    identity: str
+    """A hash that changes when the items or their order do; kept in checkpoints."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item:
+        """The item of a number from 0 on.
+
+        Raises:
+            DamagedItem: it cannot be used; another takes its place.
+        """
+        ...
+
+
+class DamagedItem(Exception):
+    """An item that cannot be used.
+
+    Args:
+        key: the item's key.
+        reason: why, in few words without particulars, so that equal reasons can be counted: "no picture", "too small".
+    """
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
