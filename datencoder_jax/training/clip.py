@@ -62,7 +62,7 @@ def forget_unseen(text_params: dict, ids: np.ndarray) -> dict:
 
 
 class CLIPTask:
-    """Trains both towers together; see `training.loop.Task`. `source.labels["ids"]` holds the captions' token ids."""
+    """Trains both towers together; see `training.task.Task`. `source.labels["ids"]` holds the captions' token ids."""
 
     frozen = None
 
@@ -88,9 +88,9 @@ class CLIPTask:
         params = {prefix + n: v for prefix, kind, config, k in towers for n, v in init_params(kind, config, k).items()}
         return params | {_SCALE: jnp.float32(np.log(1 / 0.07))}
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        rows = self.source.draw(step, self.batch_size)
-        return {"images": self.source.images[rows], "ids": self.source.labels["ids"][rows]}
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        chosen = self.source.draw(step, self.batch_size)[rows]
+        return {"images": self.source.images[chosen], "ids": self.source.labels["ids"][chosen]}
 
     def _embed(self, params, images: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         text, vision, _ = split_params(params)
@@ -99,7 +99,7 @@ class CLIPTask:
         captions = Model(CLIPTextModel, self.text, text)(ids).projected
         return _unit(pictures), _unit(captions)
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, step):
         pictures, captions = self._embed(params, batch["images"], batch["ids"])
         same = (batch["ids"][:, None, :] == batch["ids"][None, :, :]).all(axis=-1)
         scale = jnp.exp(jnp.minimum(params[_SCALE], np.log(100.0)))

@@ -46,7 +46,7 @@ class Frozen(NamedTuple):
 
 
 class DenoiserTask:
-    """Trains a UNet; see `training.loop.Task`.
+    """Trains a UNet; see `training.task.Task`.
 
     `source.images` holds scaled latents `[n, h, w, c]` (float16), `source.labels["ids"]` the captions' token ids.
 
@@ -79,11 +79,11 @@ class DenoiserTask:
         params = init_params(UNet2DConditionModel, self.config, key)
         return {name: jnp.zeros_like(x) if _STARTS_AT_ZERO.search(name) else x for name, x in params.items()}
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        rows = self.source.draw(step, self.batch_size)
-        return {"latents": self.source.images[rows], "ids": self.source.labels["ids"][rows]}
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        chosen = self.source.draw(step, self.batch_size)[rows]
+        return {"latents": self.source.images[chosen], "ids": self.source.labels["ids"][chosen]}
 
-    def loss(self, params, frozen: Frozen, batch, key):
+    def loss(self, params, frozen: Frozen, batch, key, step):
         t_key, noise_key, drop_key = jax.random.split(key, 3)
         latents = batch["latents"].astype(jnp.float32)
         count = len(latents)

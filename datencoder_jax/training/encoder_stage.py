@@ -20,7 +20,6 @@ from datencoder_jax.toyworld.captions import prompt_for
 from datencoder_jax.toyworld.dataset import render_batch
 from datencoder_jax.toyworld.world import CLASSES, HELD_OUT, SPLITS, Draws, sample_context
 from datencoder_jax.training.loop import fit
-from datencoder_jax.training.optim import adamw
 from datencoder_jax.training.tuning_encoder import Frozen, PairSource, TuningEncoderTask, Weights
 from datencoder_jax.training.vae import encode_latents
 
@@ -98,5 +97,5 @@ def train_encoder(config, workdir: Path) -> None:
     initial = None
     if config.initial:
         initial = jax.device_put(read_params(Path(config.initial), abstract_params(TuningEncoder, sizes)))
-    params = fit(task, adamw(config), config, workdir, initial=initial)
+    params = fit(task, config, workdir, initial=initial)
     write_encoder(config.output, Model(TuningEncoder, sizes, params), pipeline.fingerprint)

@@ -92,7 +92,7 @@ def pair_loss(embedding: jax.Array, temperature: float) -> tuple[jax.Array, jax.
 
 
 class JudgeTask:
-    """Trains a `Judge` on `Views`; see `training.loop.Task`."""
+    """Trains a `Judge` on `Views`; see `training.task.Task`."""
 
     frozen = None
 
@@ -117,7 +117,7 @@ class JudgeTask:
     def init(self, key: jax.Array):
         return init_params(Judge, self.config, key)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([self.seed, step])
         count, views = self.batch_size // 2, self.source.images.shape[1]
         alike = self._members[step % len(CLASSES)]
@@ -125,9 +125,10 @@ class JudgeTask:
         others = np.setdiff1d(rng.choice(len(self.source.images), 2 * count, replace=False), chosen)
         who = np.concatenate([chosen, rng.permutation(others)[: count - len(chosen)]]).repeat(2)
         view = np.stack([rng.choice(views, 2, replace=False) for _ in range(count)]).reshape(-1)
+        who, view = who[rows], view[rows]
         return {"images": self.source.images[who, view], "labels": self.source.labels[who, view]}
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, step):
         verdict = Model(Judge, self.config, params)(augment(to_float(batch["images"]), key))
         pairs, found = pair_loss(verdict.embedding, self.temperature)
         probes, right = jnp.float32(0.0), []

@@ -1,7 +1,7 @@
 """The training loop: one jitted step, time-based checkpoints, exact resume, visible progress.
 
-A `Task` says what is trained and on what. The loop owns everything else: at step `s` it draws the batch `task.batch(s)`
-(a pure function of the step), steps with the key `fold_in(seed, s)`, and averages the weights,
+A `Task` says what is trained and on what. The loop owns everything else: at step `s` it draws the batch
+`task.batch(s, rows)` (a pure function), steps with the key `fold_in(seed, s)`, and averages the weights,
 
     theta_s  = optimiser(theta_{s-1}, grad L(theta_{s-1}; batch_s, key_s))
     ema_s    = d_s ema_{s-1} + (1 - d_s) theta_s,    d_s = min(d, (1 + s) / (10 + s))
@@ -15,7 +15,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -26,36 +26,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from datencoder_jax.errors import UserError
+from datencoder_jax.training.optim import adamw
+from datencoder_jax.training.task import Task, whole
 from datencoder_jax.typing import Params
 
 _NO_STEP = 2**32 - 1
 """Folded into the seed where a step's number would be: initial weights share no draws with any step."""
-
-
-class Task(Protocol):
-    """What is trained.
-
-    `frozen` is any pytree the loss reads but does not train; it is an argument of the step, never a constant in it.
-    """
-
-    frozen: Any
-    batch_size: int
-
-    def init(self, key: jax.Array) -> Params:
-        """Initial parameters."""
-        ...
-
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step, the same every time it is asked for."""
-        ...
-
-    def loss(self, params: Params, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """A scalar and further scalars to log."""
-        ...
-
-    def preview(self, params: Params, path: Path) -> dict[str, float]:
-        """Writes a sample grid to `path` and returns scores, from the averaged weights."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -72,10 +48,12 @@ class TrainState:
 def make_step(task: Task, optimiser: optax.GradientTransformation, seed: int, ema_decay: float):
     """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated."""
 
+    value_and_grad = getattr(task, "value_and_grad", None) or jax.value_and_grad(task.loss, has_aux=True)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, frozen, batch, key)
+        (loss, metrics), grads = value_and_grad(state.params, frozen, batch, key, state.step)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
             updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
@@ -88,17 +66,15 @@ def make_step(task: Task, optimiser: optax.GradientTransformation, seed: int, em
     return step
 
 
-def fit(
-    task: Task, optimiser: optax.GradientTransformation, config, workdir: Path, *, initial: Params | None = None
-) -> Params:
+def fit(task: Task, config, workdir: Path, *, initial: Params | None = None, accept_changes: bool = False) -> Params:
     """Trains `task` for `config.steps` steps and returns the averaged weights.
 
     Args:
         task: what is trained.
-        optimiser: an optax transformation of flat parameter dictionaries.
         config: `steps`, `seed`, `ema`, `log_every`, `preview_every` (0: only at the end), `checkpoint_minutes`.
         workdir: checkpoints, `log.jsonl` and previews; an interrupted run found there is continued.
         initial: weights to start from instead of `task.init`'s.
+        accept_changes: go on from a checkpoint of another recipe.
 
     Raises:
         UserError: the batch cannot be shared evenly among the devices, or the loss is no longer finite; then the last
@@ -109,6 +85,7 @@ def fit(
             f"a batch of {task.batch_size} cannot be shared by {jax.device_count()} devices; set batch_size"
         )
     workdir.mkdir(parents=True, exist_ok=True)
+    optimiser = adamw(config)
     step_fn = make_step(task, optimiser, config.seed, config.ema)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     everywhere, by_sample = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
@@ -125,7 +102,7 @@ def fit(
         quiet = jax.process_index() > 0
         with _Interrupt() as interrupt, tqdm(total=config.steps, initial=first, mininterval=5, disable=quiet) as bar:
             for index in range(first, config.steps):
-                batch = jax.device_put(task.batch(index), by_sample)
+                batch = jax.device_put(task.batch(index, whole(task)), by_sample)
                 state, metrics = step_fn(state, frozen, batch)
                 bar.update()
                 done = index + 1

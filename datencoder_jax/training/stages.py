@@ -25,7 +25,6 @@ from datencoder_jax.training.denoiser import DenoiserTask
 from datencoder_jax.training.encoder_stage import train_encoder
 from datencoder_jax.training.judge import JudgeTask, accuracies, render_views, separation
 from datencoder_jax.training.loop import fit
-from datencoder_jax.training.optim import adamw
 from datencoder_jax.training.source import Source
 from datencoder_jax.training.vae import VAETask, encode_latents
 
@@ -58,7 +57,7 @@ def train_vae(config, workdir: Path) -> None:
     task = VAETask(
         VAEConfig(**config.model), source, held_out, batch_size=config.batch_size, kl_weight=config.kl_weight
     )
-    model = Model(AutoencoderKL, task.config, fit(task, adamw(config), config, workdir))
+    model = Model(AutoencoderKL, task.config, fit(task, config, workdir))
     latents = encode_latents(model, held_out.images)
     deviation = float(latents.astype(np.float32).std())
     scaled = replace(model, config=replace(task.config, scaling_factor=round(1.0 / deviation, 5)))
@@ -81,7 +80,7 @@ def train_clip(config, workdir: Path) -> None:
     source = with_token_ids(render_source("train", config.data, config.seed), base / "tokenizer")
     held_out = with_token_ids(render_source("validation", config.data, 0, 256), base / "tokenizer")
     task = CLIPTask(text, vision, source, held_out, batch_size=config.batch_size, mean=CLIP_MEAN, std=CLIP_STD)
-    text_params, vision_params, _ = split_params(fit(task, adamw(config), config, workdir))
+    text_params, vision_params, _ = split_params(fit(task, config, workdir))
     text_params = forget_unseen(text_params, source.labels["ids"])
     write_component(base / "text_encoder", Model(CLIPTextModel, text, text_params), dtype="float32")
     write_component(base / "image_encoder", Model(CLIPVisionModel, vision, vision_params), dtype="float32")
@@ -146,7 +145,7 @@ def train_unet(config, workdir: Path) -> None:
         if before.config != unet:
             raise UserError(f"the UNet in {config.initial} has another configuration than the recipe's")
         initial = before.params
-    params = fit(task, adamw(config), config, workdir, initial=initial)
+    params = fit(task, config, workdir, initial=initial)
     scheduler = {"_class_name": "DDIMScheduler", **config.schedule, "num_train_timesteps": schedule.num_train_timesteps}
     full = BaseParts(
         unet=Model(UNet2DConditionModel, unet, params),
@@ -176,7 +175,7 @@ def train_judge(config, workdir: Path) -> None:
         probe_weight=config.probe_weight,
         seed=config.seed,
     )
-    judge = Model(Judge, task.config, fit(task, adamw(config), config, workdir)).cast("float16").cast("float32")
+    judge = Model(Judge, task.config, fit(task, config, workdir)).cast("float16").cast("float32")
     scores = {"accuracy": accuracies(judge, held_out), "separation": separation(judge, held_out)}
     (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     save_judge(config.output, judge, extra=scores)

@@ -71,7 +71,7 @@ class Weights(NamedTuple):
 
 
 class TuningEncoderTask:
-    """Trains a `TuningEncoder`; see `training.loop.Task`.
+    """Trains a `TuningEncoder`; see `training.task.Task`.
 
     Args:
         config: of the encoder.
@@ -105,13 +105,14 @@ class TuningEncoderTask:
         lengths = jnp.maximum(jnp.linalg.norm(base.table, axis=-1, keepdims=True), 1e-12)
         return params | {"token_head.bias": jnp.mean(base.table / lengths, axis=0, where=base.words[:, None])}
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
         draw = np.random.default_rng([self.seed, step])
         concepts = draw.integers(len(self.source.images), size=self.batch_size)
         views = self.source.images.shape[1]
         shown = draw.integers(views, size=self.batch_size)
         other = (shown + draw.integers(1, max(views, 2), size=self.batch_size)) % views
         wanted = np.where(draw.random(self.batch_size) < self.pairs, other, shown)
+        concepts, shown, wanted = concepts[rows], shown[rows], wanted[rows]
         return {
             "concepts": concepts.astype(np.int32),
             "images": self.source.images[concepts, shown],
@@ -120,7 +121,7 @@ class TuningEncoderTask:
             "ids": self.source.ids[concepts, wanted],
         }
 
-    def loss(self, params, frozen: Frozen, batch, key):
+    def loss(self, params, frozen: Frozen, batch, key, step):
         base, weights = frozen.base, self.weights
         encoder = Model(TuningEncoder, self.config, params)
         t_key, level_key, seen_key, noise_key = jax.random.split(key, 4)

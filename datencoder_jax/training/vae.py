@@ -34,7 +34,7 @@ def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class VAETask:
-    """Trains an `AutoencoderKL` on pictures; see `training.loop.Task`."""
+    """Trains an `AutoencoderKL` on pictures; see `training.task.Task`."""
 
     frozen = None
 
@@ -45,10 +45,10 @@ class VAETask:
     def init(self, key: jax.Array):
         return init_params(AutoencoderKL, self.config, key)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        return {"images": self.source.images[self.source.draw(step, self.batch_size)]}
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        return {"images": self.source.images[self.source.draw(step, self.batch_size)[rows]]}
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, step):
         images = to_float(batch["images"])
         output, posterior = Model(AutoencoderKL, self.config, params)(images, key)
         error = images - output
