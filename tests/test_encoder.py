@@ -131,7 +131,7 @@ def test_features_are_of_each_sample_and_carry_no_gradient(pipeline):
     @jax.jit
     def run(vision, unet, images, latents):
         def total(vision, unet, images, latents):
-            found = extract(vision, unet, images, latents, t, context)
+            found = extract(vision_features(vision, images), unet, latents, t, context)
             return sum(x.sum() for x in found[:3]), found
 
         return jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(vision, unet, images, latents)

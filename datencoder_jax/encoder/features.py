@@ -38,9 +38,8 @@ def denoiser_features(
 
 
 def extract(
-    vision: Model,
+    states: tuple[jax.Array, jax.Array],
     unet: Model,
-    pixels: jax.Array,
     latents: jax.Array,
     t: jax.Array,
     context: jax.Array,
@@ -49,11 +48,11 @@ def extract(
     """All features, under `stop_gradient`.
 
     Args:
-        pixels: the vision tower's input `[pictures, H, W, 3]`.
+        states: of the pictures, as `vision_features` gives them.
         latents: noisy latents `[pictures * n, h, w, c]`: n for each picture in turn, which is looked at once.
         t, context, added: of each latent, `[pictures * n]` and `[pictures * n, l, d]`; `added` for XL.
     """
-    each = len(latents) // len(pixels)
-    classes, patches = (jnp.repeat(states, each, axis=0) for states in vision_features(vision, pixels))
+    each = len(latents) // len(states[0])
+    classes, patches = (jnp.repeat(x, each, axis=0) for x in states)
     pooled = denoiser_features(unet, latents, t, context, added)
     return jax.lax.stop_gradient(Features(classes.astype(jnp.float32), patches.astype(jnp.float32), pooled, t))

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
-from datencoder_jax.encoder.features import extract
+from datencoder_jax.encoder.features import extract, vision_features
 from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import Base
-from datencoder_jax.typing import Variables
+from datencoder_jax.typing import Features, Variables
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 """The `t_j` of equation (1), as shares of the schedule."""
@@ -25,6 +25,33 @@ _LEVELS = (0.2, 0.4, 0.6, 0.8)
 def levels(timesteps: int) -> jax.Array:
     """The `t_j` of equation (1) in a schedule of so many timesteps, int32 `[4]`."""
     return jnp.array([int(level * timesteps) for level in _LEVELS], jnp.int32)
+
+
+def look(
+    base: Base,
+    images: jax.Array,
+    latents: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    empty_ids: jax.Array,
+    states: tuple[jax.Array, jax.Array] | None = None,
+) -> Features:
+    """What the encoder sees of noisy latents and the pictures they are of, without gradient.
+
+    Args:
+        images: concept pictures in [-1, 1], `[pictures, H, W, 3]`.
+        latents: their clean scaled latents `[batch, h, w, c]`, the same number for each picture in turn, noised here to
+            `t [batch]` with `noise`.
+        empty_ids: token ids of the empty prompt `[1, L]`.
+        states: what `vision_features` says of the pictures, if that is known; then `images` does not matter.
+    """
+    noisy = add_noise(latents, noise, jnp.asarray(alphas_cumprod(base.schedule))[t])
+    empty = base.condition(empty_ids)
+    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), empty)
+    added = base.added(noisy, empty.pooled)
+    if states is None:
+        states = vision_features(base.eyes, base.vision_input(images))
+    return extract(states, base.unet, noisy, t, empty.context, added)
 
 
 def predict_each(
@@ -36,22 +63,8 @@ def predict_each(
     noise: jax.Array,
     empty_ids: jax.Array,
 ) -> Variables:
-    """One prediction per noisy latent.
-
-    Args:
-        images: concept pictures in [-1, 1], `[pictures, H, W, 3]`.
-        latents: their clean scaled latents `[batch, h, w, c]`, the same number for each picture in turn, noised here to
-            `t [batch]` with `noise`.
-        empty_ids: token ids of the empty prompt `[1, L]`.
-
-    Returns:
-        Variables with a batch axis.
-    """
-    noisy = add_noise(latents, noise, jnp.asarray(alphas_cumprod(base.schedule))[t])
-    empty = base.condition(empty_ids)
-    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), empty)
-    added = base.added(noisy, empty.pooled)
-    return encoder(extract(base.eyes, base.unet, base.vision_input(images), noisy, t, empty.context, added))
+    """One prediction per noisy latent, with a batch axis; arguments as for `look`."""
+    return encoder(look(base, images, latents, t, noise, empty_ids))
 
 
 def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array) -> Variables:
