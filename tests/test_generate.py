@@ -1,5 +1,6 @@
 """Prompts to pictures: what a picture depends on, and that the two paths and guidance are what they say."""
 
+import inspect
 import re
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from tiny import SIDE, in_half_precision
 from datencoder_jax import api, sampling
 from datencoder_jax.diffusion.samplers import make_plan, sample
 from datencoder_jax.errors import UserError
+from datencoder_jax.methods import datencoder
 from datencoder_jax.models import vae
 from datencoder_jax.typing import Concept, LowRank, Variables
 
@@ -201,6 +203,19 @@ def test_decoding_in_chunks_is_decoding_at_once(pipeline, monkeypatch):
 
 
 # --- the program
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (datencoder.predict_each, "encoder base images latents t noise empty_ids"),
+        (sampling.Request, "soft_ids hard_ids negative_ids noise guidance blend keys"),
+        (sampling.sample_latents, "base plan request variables"),
+        (sampling.decode, "base latents"),
+    ],
+)
+def test_what_pretraining_calls_keeps_its_form(function, names):
+    assert list(inspect.signature(function).parameters) == names.split()
 
 
 def arguments(pipeline, count=2):
