@@ -24,19 +24,28 @@ class Item(NamedTuple):
     """The part to show: top, left, bottom, right as shares of height and width in [0, 1]; None: all of it."""
 
 
+class Prepared(NamedTuple):
+    """What was computed of one picture beforehand; batches carry its arrays in the place of pictures."""
+
+    key: str
+    arrays: dict[str, np.ndarray]
+    """By name, of the same shapes and types for every item."""
+    caption: str | None = None
+
+
 class Source(Protocol):
     """Items by number; `source[index]` is a pure function of the index, safe in several threads."""
 
     name: str
     """Names it in messages."""
     report: dict[str, int]
-    """How many things that looked like items the source left out, by reason."""
+    """What was wrong with things that the source left out, or used all the same: how many, by reason."""
     identity: str
     """A hash that changes when the items or their order do; kept in checkpoints."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> Item | Prepared:
         """The item of a number from 0 on.
 
         Raises:
