@@ -5,9 +5,7 @@ the A100, H100 and H200 in their SXM form. Rates are published in powers of ten.
 fact counted in GiB, which is how it stands here; a program gets a little less (15.75 GiB on a v5e).
 """
 
-from typing import NamedTuple
-
-import jax
+from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
@@ -43,11 +41,11 @@ CHIPS = {
         Chip("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, 6),
         # 918 TFLOPs, 32 GB, 1638 GBps, 800 GBps bidirectional, 4 ports.
         Chip("v6e", 918e12, 32 * _GIB, 1638e9, 400e9, 4),
-        # 312 TFLOPS without sparsity, 80 GB HBM2e at 2039 GB/s, NVLink 3 at 600 GB/s both ways together.
+        # 312 TFLOPS without sparsity, 80 GB HBM2e at 2039 GB/s, NVLink 3 at 600 GB/s both ways.
         Chip("A100", 312e12, 80 * _GIB, 2039e9, 300e9, 1),
-        # 1979 TFLOPS with sparsity, hence 989 without; 80 GB HBM3 at 3.35 TB/s, NVLink 4 at 900 GB/s both ways together.
+        # 1979 TFLOPS with sparsity, hence 989 without; 80 GB HBM3 at 3.35 TB/s, NVLink 4 at 900 GB/s both ways.
         Chip("H100", 989e12, 80 * _GIB, 3350e9, 450e9, 1),
-        # The H100's arithmetic; 141 GB HBM3e at 4.8 TB/s, NVLink 4 at 900 GB/s both ways together.
+        # The H100's arithmetic; 141 GB HBM3e at 4.8 TB/s, NVLink 4 at 900 GB/s both ways.
         Chip("H200", 989e12, 141 * _GIB, 4800e9, 450e9, 1),
     )
 }
@@ -64,6 +62,6 @@ _KINDS = {
 }
 
 
-def find_chip(device: jax.Device) -> Chip | None:
-    """The chip a device is (or is a part of); None where its peaks are not known."""
+def find_chip(device: Any) -> Chip | None:
+    """The chip that a JAX device is (or is a part of); None where its peaks are not known."""
     return next((CHIPS[name] for kind, name in _KINDS.items() if kind in device.device_kind), None)
