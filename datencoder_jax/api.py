@@ -20,7 +20,7 @@ from datencoder_jax.errors import UserError
 from datencoder_jax.loading import import_embedding, load, nearest_words, with_lora
 from datencoder_jax.methods import METHODS, datencoder
 from datencoder_jax.methods.words import from_words
-from datencoder_jax.pipeline import Pipeline, attention_shapes
+from datencoder_jax.pipeline import Base, Pipeline, attention_shapes
 from datencoder_jax.prompts import TEMPLATE, check_prompts, placeholder
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import AnyArray, Concept, Condition, LearningRates, Variables
@@ -95,7 +95,8 @@ def personalize(
         quiet: print nothing.
 
     Raises:
-        UserError: no picture, a bad option, a model without tuning-encoder or in float16, or tuning diverged.
+        UserError: no picture, a bad option, a model without tuning-encoder or in float16, or values that are not
+            finite, at the start or as tuning diverged.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r} is not known; choose one of: {', '.join(METHODS)}")
@@ -131,6 +132,10 @@ def personalize(
         if variables is None:
             variables = _start(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
             jax.block_until_ready(variables)
+    if not tuning.finite(variables):
+        raise UserError(
+            "what tuning starts from is not finite (NaN or infinity); load the model with --dtype bf16 or f32"
+        )
     if hard_word is None:
         hard_word = nearest_words(pipeline, variables.embeddings[-1:])[0][0]  # of "sks dog" it is the dog
 
@@ -160,8 +165,6 @@ def personalize(
             variables, losses = jax.block_until_ready((state.variables, losses))
     nearest = nearest_words(pipeline, variables.embeddings[-1:])
     variables = jax.device_get(variables)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
-        raise UserError("tuning diverged (values are no longer finite); lower the learning rates")
 
     details = {
         "method": method,
@@ -267,7 +270,8 @@ def generate(
         batch_size: pictures sampled at a time, by default what the memory allows.
 
     Raises:
-        UserError: a bad prompt or option, concepts of another base model, or two with one placeholder.
+        UserError: a bad prompt or option, concepts of another base model, two with one placeholder, or a picture that
+            is not finite.
     """
     concepts = [concept] if isinstance(concept, Concept) else list(concept or ())
     for each in concepts:
@@ -321,15 +325,28 @@ def generate(
                 jnp.float32(blend),
                 keys[chosen],
             )
-            batch = np.asarray(draw(base.only("unet", "vae", "text", "text_2"), plan, request, variables, quiet=quiet))
+            networks = base.only("unet", "vae", "text", "text_2")
+            drawn = jax.device_get(draw(networks, plan, request, variables, quiet=quiet))
+            if not drawn.finite.all():
+                raise _not_finite(base, variables is not None)
             count = min(batch_size, len(rows) - start)
-            pictures.append(batch[:count])
+            pictures.append(drawn.pictures[:count])
             bar.update(count)
     images = np.concatenate(pictures)
     return Generated(
         images.reshape(len(prompts), num, *images.shape[1:]),
         {"seconds": seconds, "seed": seed, "guidance": guidance, "blend": blend},
     )
+
+
+def _not_finite(base: Base, tuned: bool) -> UserError:
+    """What is said of pictures whose numbers overflowed, drawn with a concept or without."""
+    ways = ["lower --guidance and the weights of --lora and --concept"]
+    if tuned:
+        ways.append("tune the concept with lower --learning-rates")
+    if "float16" in {model.dtype for model in (base.unet, base.vae, base.text)}:
+        ways.insert(0, "load the model with --dtype bf16 or f32 in place of f16")
+    return UserError(f"some pictures are not finite (NaN or infinity); {', or '.join(ways)}")
 
 
 def _noise(

@@ -8,6 +8,9 @@ with guidance scale `g`. With a concept both halves have the offsets on and are 
 path of the negative half reads the negative prompt too, with the same vectors in its placeholders' places. Without a
 negative prompt XL's `u` is that of zeros, as it was trained.
 
+Numbers that overflow, in half precision or under an absurd weight of a LoRA, end as pictures like any others, so
+whether a picture was finite comes with it.
+
 `generate` is one program. `draw_in_parts` runs the same functions as three, each with the networks it needs alone, so
 that networks held by the host are on the device one after the other.
 """
@@ -54,8 +57,20 @@ class Read(NamedTuple):
     hard: Condition | None
 
 
-def _generate(base: Base, plan: Plan, request: Request, variables: Variables | None) -> jax.Array:
-    return decode(base, sample_latents(base, plan, request, variables))
+class Drawn(NamedTuple):
+    """Pictures, one row each.
+
+    Attributes:
+        pictures: uint8 `[batch, H, W, 3]`.
+        finite: bool `[batch]`, whether the picture's latents and pixels were; where not, the picture means nothing.
+    """
+
+    pictures: jax.Array
+    finite: jax.Array
+
+
+def _generate(base: Base, plan: Plan, request: Request, variables: Variables | None) -> Drawn:
+    return decode_checked(base, sample_latents(base, plan, request, variables))
 
 
 def sample_latents(base: Base, plan: Plan, request: Request, variables: Variables | None) -> jax.Array:
@@ -90,27 +105,33 @@ def denoise(base: Base, plan: Plan, request: Request, prompts: Read, offsets: Of
 
 def decode(base: Base, latents: jax.Array) -> jax.Array:
     """Latents `[batch, h, w, c]` -> uint8 pictures `[batch, H, W, 3]`, a few at a time."""
+    return decode_checked(base, latents).pictures
+
+
+def decode_checked(base: Base, latents: jax.Array) -> Drawn:
+    """As `decode`, and whether latents and pixels were finite."""
     vae = base.vae.bind()
     height, width = (side * base.vae.config.factor for side in latents.shape[1:3])
 
     def picture(z):
         pixels = vae.to_images(z[None])[0]
-        return jnp.round((pixels + 1.0) * 127.5).astype(jnp.uint8)
+        finite = jnp.isfinite(z).all() & jnp.isfinite(pixels).all()
+        return Drawn(jnp.round((pixels + 1.0) * 127.5).astype(jnp.uint8), finite)
 
     return jax.lax.map(picture, latents, batch_size=min(pictures_at_once(height, width), len(latents)))
 
 
 generate = Program("sampling", _generate)
-"""`generate(base, plan, request, variables) -> uint8 [batch, H, W, 3]`, compiled per batch size and sampler length."""
+"""`generate(base, plan, request, variables) -> Drawn`, compiled per batch size and sampler length."""
 
 _read = Program("prompt reading", read)
 _denoise = Program("sampling", denoise)
-_decode = Program("decoding", decode)
+_decode = Program("decoding", decode_checked)
 
 
 def draw_in_parts(
     base: Base, plan: Plan, request: Request, variables: Variables | None, *, quiet: bool = False
-) -> jax.Array:
+) -> Drawn:
     """What `generate` returns, as three programs."""
     embeddings, offsets = (None, None) if variables is None else variables
     prompts = _read(base.only("text", "text_2"), request, embeddings, quiet=quiet)

@@ -13,15 +13,17 @@ path leave the hard one out; text that does not change while tuning is read once
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from tqdm import tqdm
 
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratified_timesteps, target
+from datencoder_jax.errors import UserError
 from datencoder_jax.models.vae import pictures_at_once
 from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
@@ -179,16 +181,36 @@ read_prompt = Program("prompt reading", Base.condition)
 
 def run(
     state: TuneState, problem: Problem, *, steps: int, config: TuningConfig, quiet: bool = False
-) -> tuple[TuneState, jax.Array]:
-    """As `tune`, for any number of steps: many are run as several calls of one program, with a progress bar."""
+) -> tuple[TuneState, np.ndarray]:
+    """As `tune`, for any number of steps: many are run as several calls of one program, with a progress bar.
+
+    Raises:
+        UserError: a loss or, at the end, a variable is not finite; told as soon as a call has returned.
+    """
     at_once = next(count for count in range(min(steps, _FUSED), 0, -1) if steps % count == 0)
     losses = []
     for _ in tqdm(
         range(steps // at_once), desc="tuning", unit_scale=at_once, unit="step", disable=quiet or at_once == steps
     ):
         state, more = tune(state, problem, steps=at_once, config=config, quiet=quiet)
-        losses.append(jax.block_until_ready(more))
-    return state, jnp.concatenate(losses)
+        losses.extend(np.asarray(more))
+        if not finite(more):
+            raise _diverged(int(np.argmin(np.isfinite(losses))), steps)
+    if not finite(state.variables):
+        raise _diverged(steps, steps)
+    return state, np.array(losses)
+
+
+def finite(tree: Any) -> bool:
+    """Whether all numbers of a pytree are, which are fetched for it."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(tree)))
+
+
+def _diverged(done: int, steps: int) -> UserError:
+    """What is said where the loss, or the variables, are not finite after so many steps."""
+    if not done:
+        return UserError("the first step's loss is not finite (NaN or infinity); load the model with --dtype f32")
+    return UserError(f"tuning diverged at step {done} of {steps} (no longer finite); lower the learning rates")
 
 
 encode_views_program = Program("picture encoding", encode_views, static_argnames=("config",))

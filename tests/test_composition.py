@@ -142,7 +142,8 @@ def test_one_concept_is_itself(pipeline, pair):
     variables = Variables(jnp.asarray(concept.embeddings), jax.tree.map(jnp.asarray, concept.offsets))
     base = pipeline.base.only("unet", "vae", "text", "text_2")
     plan = make_plan("ddim", base.schedule, 3)
-    np.testing.assert_array_equal(sampling.generate(base, plan, request, variables, quiet=True), drawn[0])
+    found = sampling.generate(base, plan, request, variables, quiet=True)
+    np.testing.assert_array_equal(found.pictures, drawn[0])
 
 
 def test_a_weight_of_zero_leaves_the_offsets_out(pipeline, pair):

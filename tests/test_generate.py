@@ -238,7 +238,8 @@ def test_the_model_is_an_argument(pipeline):
 
 def test_half_precision_needs_no_implicit_promotion(pipeline):
     base = jax.eval_shape(lambda: in_half_precision(pipeline.base))
-    images = jax.eval_shape(sampling._generate, base, *arguments(pipeline))
+    images, finite = jax.eval_shape(sampling._generate, base, *arguments(pipeline))
+    assert finite.shape == (2,) and finite.dtype == bool
     assert images.shape == (2, SIDE, SIDE, 3) and images.dtype == jnp.uint8
 
 
