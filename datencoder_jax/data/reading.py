@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000
 _log = logging.getLogger("datencoder_jax")
 
 
+class DamagedPicture(UserError):
+    """Content that is no picture, or none that can be used.
+
+    Args:
+        message: a sentence for a person.
+        reason: why, in few words without particulars.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """The picture in a file.
 
@@ -39,31 +54,30 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     path = expand_user(path)
     _check_file(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is no concern here ...
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # ... and of bombs, which are refused
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                _check_size(path, *image.size)
-                frames = getattr(image, "n_frames", 1)
-                image.load()
-                picture = _rgb(path, _upright(image))
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"{path} is too large: it claims more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels; "
-                "make it smaller first."
-            ) from error
-        except UnidentifiedImageError as error:
-            raise UserError(
-                f"{path} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF)."
-            ) from error
-        except UserError:
-            raise
-        except Exception as error:  # decoders of damaged files fail in every way there is
-            raise UserError(f"{path} is damaged or cut short and cannot be read ({_reason(error)}).") from error
-    if frames > 1 and image.format != "MPO":  # an MPO is one photograph with its preview
+    picture, frames = _decode(path, str(path), count_frames=True)
+    if frames > 1:
         _log.warning("%s holds %d pictures (an animation or pages); the first one is used.", path, frames)
-    return picture
+    return np.array(picture)
+
+
+def decode(content: bytes, name: str, *, least: int = 0) -> Image.Image:
+    """The picture in a file's content, read as `read_image` does; safe in several threads at once.
+
+    Args:
+        content: the encoded picture. Of several, the first one is read.
+        name: what to call it in messages.
+        least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, as long as its shorter side keeps
+            this many pixels; 0: at its full size.
+
+    Returns:
+        An upright picture in mode RGB.
+
+    Raises:
+        DamagedPicture: it cannot be used.
+    """
+    if not content:
+        raise DamagedPicture(f"{name} is empty.", "empty")
+    return _decode(io.BytesIO(content), name, least=least)[0]
 
 
 def fit_square(image: np.ndarray, side: int) -> np.ndarray:
@@ -107,39 +121,119 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} cannot be read: {_reason(error)}.") from error
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+class _Quiet:
+    """Pillow's warnings are ignored while anybody is in here.
+
+    It warns of odd metadata, which is no concern here, and of too many pixels, which `_check_size` refuses.
+    `warnings.catch_warnings` alone is not for several threads: one would put back the filters under another's feet.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._filters = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self):
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
+def _decode(
+    file: Path | io.BytesIO, name: str, *, least: int = 0, count_frames: bool = False
+) -> tuple[Image.Image, int]:
+    """The picture, and of how many it is the first, if that is asked for."""
+    with _quiet:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                _check_size(name, image)
+                frames = getattr(image, "n_frames", 1) if count_frames and image.format != "MPO" else 1
+                if least:
+                    image.draft(None, (max(least, MIN_SIDE), max(least, MIN_SIDE)))
+                image.load()  # only now do some formats know their size
+                _check_size(name, image)
+                return _rgb(name, _upright(image)), frames  # an MPO is one photograph with its preview
+        except Image.DecompressionBombError as error:
+            raise _too_large(name) from error
+        except UnidentifiedImageError as error:
+            raise DamagedPicture(
+                f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF).",
+                "no picture",
+            ) from error
+        except DamagedPicture:
+            raise
+        except Exception as error:  # decoders of damaged files fail in every way there is
+            message = f"{name} is damaged or cut short and cannot be read ({_reason(error)})."
+            raise DamagedPicture(message, "damaged") from error
+
+
+def _check_size(name: str, image: Image.Image) -> None:
+    width, height = image.size
     if min(width, height) < MIN_SIDE:
-        raise UserError(f"{path} is only {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed.")
+        message = f"{name} is only {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed."
+        raise DamagedPicture(message, "too small")
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(name)
+
+
+def _too_large(name: str) -> DamagedPicture:
+    return DamagedPicture(
+        f"{name} is too large: it claims more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels; "
+        "make it smaller first.",
+        "too large",
+    )
 
 
 def _upright(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # damaged EXIF data is no reason to refuse a picture
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
-def _rgb(path: Path, image: Image.Image) -> np.ndarray:
+def _rgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep(path, image)
+        return _deep(name, image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
-        return np.array(Image.alpha_composite(paper, image).convert("RGB"))
+        return Image.alpha_composite(paper, image).convert("RGB")
     profile = image.info.get("icc_profile")
     if profile and image.mode in ("RGB", "CMYK"):
         with suppress(Exception):  # a profile that cannot be used is ignored, as viewers do
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            if converted is not None:
-                return np.array(converted)
-    return np.array(image.convert("RGB"))
+            transform = _to_srgb(profile, image.mode)
+            return image if transform is None else ImageCms.applyTransform(image, transform) or image
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _deep(path: Path, image: Image.Image) -> np.ndarray:
+@functools.lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What turns colours of a profile into sRGB; None if it leaves them as they are to one level, as most do."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "RGB":
+        levels = np.linspace(0, 255, 16).astype(np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(64, 64, 3)
+        found = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
+        if np.abs(found.astype(int) - colours).max() <= 1:
+            return None
+    return transform
+
+
+def _deep(name: str, image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits. 16 bits are scaled by their full range, anything else by the values it holds."""
     grey = np.asarray(image).astype(np.float64)
     if not np.isfinite(grey).all():
-        raise UserError(f"{path} holds values that are not finite (NaN or infinity).")
+        raise DamagedPicture(f"{name} holds values that are not finite (NaN or infinity).", "damaged")
     low, high = float(grey.min()), float(grey.max())
     if image.mode == "F" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
@@ -148,7 +242,7 @@ def _deep(path: Path, image: Image.Image) -> np.ndarray:
     elif low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0
     scaled = np.clip(np.round((grey - low) / max(high - low, 1e-12) * 255), 0, 255).astype(np.uint8)
-    return np.repeat(scaled[..., None], 3, axis=2)
+    return Image.fromarray(scaled).convert("RGB")
 
 
 def _reason(error: Exception) -> str:

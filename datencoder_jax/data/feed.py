@@ -1,0 +1,207 @@
+"""From sources to batches: shuffled, mixed by weights, repeated for ever, and every row a pure function of its number.
+
+Row i of the batch of step t is row n = t B + i of one endless sequence, for a global batch of B rows. Grain says which
+item it is: the sources take turns in proportion to their weights, and each goes through all of its items in a new order
+before any comes again. All that is drawn for the row (crop, mirroring, template) comes from a generator seeded with
+(seed, n), so batches are the same however many processes share them, and wherever a run is taken up again.
+
+An item that cannot be used is replaced by others of its source, drawn from the row's own generator, until one can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from datencoder_jax.data.folder import listed
+from datencoder_jax.data.items import DamagedItem, Prepared, Source
+from datencoder_jax.data.views import Crop, draw_crop, make_views
+from datencoder_jax.errors import UserError
+
+_LOUD = 10
+"""So many damaged items of a kind are logged as warnings, the others for those who ask for them (level INFO)."""
+_ENOUGH = 64
+"""After so many rows of a source the share of damaged items is trusted."""
+
+_log = logging.getLogger("datencoder_jax")
+
+
+class Feed:
+    """Batches for training.
+
+    Args:
+        sources: where the items come from.
+        weights: the shares of the sources, in any unit.
+        batch_size: rows of the global batch.
+        seed: of the order and of all that is drawn for the rows.
+        resolution: side of "images" in pixels.
+        vision_size: side of "vision" in pixels; None: batches come without.
+        crop: the least side of a random crop, as a share of the picture's shorter side; 1: the largest square.
+        flip: whether one half of the pictures is mirrored.
+        templates: how many there are to draw from.
+        min_side: pictures of which fewer pixels than this a side would be shown are left out; None: half of
+            `resolution`.
+
+    Raises:
+        UserError: a setting makes no sense, or Grain is not installed.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        *,
+        batch_size: int,
+        seed: int,
+        resolution: int,
+        vision_size: int | None,
+        crop: float = 0.8,
+        flip: bool = True,
+        templates: int = 1,
+        min_side: int | None = None,
+    ):
+        if not sources or len(weights) != len(sources):
+            raise UserError(f"There are {len(sources)} sources of data and {len(weights)} weights; give one for each.")
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise UserError("Weights of sources of data are positive numbers; leave a source out to give it none.")
+        if empty := [source.name for source in sources if not len(source)]:
+            raise UserError(f"{empty[0]} is empty; name another source of data.")
+        if not 0 < crop <= 1:
+            raise UserError(f"crop is a share of the shorter side between 0 and 1, not {crop}.")
+        self.sources, self.batch_size, self.seed = list(sources), batch_size, seed
+        self._sizes = (resolution,) if vision_size is None else (resolution, vision_size)
+        self._crop, self._flip, self._templates = crop, flip, templates
+        self._min_side = resolution // 2 if min_side is None else min_side
+        self._first = np.cumsum([0, *map(len, self.sources)]).tolist()
+        self._order = _order([len(source) for source in self.sources], weights, seed)
+        self._damage = [_Damage(source) for source in self.sources]
+        parts = [f"{len(source)} {source.identity} {weight}" for source, weight in zip(sources, weights, strict=True)]
+        self.identity = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+        """Changes when the sources' items, their order or the weights do."""
+
+    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+        """Some rows of the global batch of a step; safe in several threads.
+
+        Returns:
+            "images": uint8 `[b, R, R, 3]` and "vision": uint8 `[b, S, S, 3]`, two views of the same crops; or, in their
+            place, the arrays of a `Prepared` item, stacked. "concepts": int32 `[b]`, equal for two visits of the same
+            item. "templates": int32 `[b]`, below `templates`.
+
+        Raises:
+            UserError: more than one half of a source is damaged.
+        """
+        start, stop, _ = (rows or slice(None)).indices(self.batch_size)
+        batch: dict[str, np.ndarray] = {}
+        for place, row in enumerate(range(start, stop)):
+            values = self.row(step * self.batch_size + row)
+            for name, value in values.items():
+                if name not in batch:
+                    batch[name] = np.empty((stop - start, *value.shape), value.dtype)
+                batch[name][place] = value
+            if values.keys() != batch.keys():
+                raise UserError("Prepared and other sources of data cannot be mixed; use one kind.")
+        return batch
+
+    def row(self, number: int) -> dict[str, np.ndarray]:
+        """One row of the endless sequence."""
+        rng = np.random.default_rng([self.seed, number])
+        template = rng.integers(self._templates, dtype=np.int32)
+        crop = draw_crop(rng, self._crop, self._flip)
+        which, index = self._order[number]
+        source, damage = self.sources[which], self._damage[which]
+        for attempt in range(_ENOUGH):
+            values = self._values(which, index, crop)
+            damage.check(planned=attempt == 0, damaged=values is None)
+            if values is not None:
+                break
+            index = int(rng.integers(len(source)))
+        else:
+            raise UserError(
+                f"{source.name}: {_ENOUGH} pictures one after the other cannot be used{listed(damage.report())}; "
+                "check the data."
+            )
+        concept = np.int32((self._first[which] + index) % 2**31)
+        return {**values, "concepts": concept, "templates": template}
+
+    def _values(self, which: int, index: int, crop: Crop) -> dict[str, np.ndarray] | None:
+        """The arrays of an item, or None if it cannot be used."""
+        damage = self._damage[which]
+        if damage.known(index):
+            return None
+        try:
+            item = self.sources[which][index]
+            if isinstance(item, Prepared):
+                return dict(item.arrays)
+            views = make_views(item, crop, self._sizes, self._min_side)
+        except DamagedItem as error:
+            damage.add(index, error)
+            return None
+        return dict(zip(("images", "vision"), views, strict=False))
+
+    def report(self) -> dict[str, int]:
+        """What was left out by the sources, and what was found damaged so far by this process, by reason."""
+        total: Counter[str] = Counter()
+        for source, damage in zip(self.sources, self._damage, strict=True):
+            total.update(source.report)
+            total.update(damage.report())
+        return dict(total)
+
+
+def _order(lengths: list[int], weights: Sequence[float], seed: int):
+    """The endless sequence of (source, index)."""
+    try:
+        import grain
+    except ImportError as error:
+        raise UserError('Training on data needs Grain: pip install "datencoder_jax[pretrain]".') from error
+    sources = []
+    for which, length in enumerate(lengths):
+        own_seed = int(np.random.SeedSequence([seed, which]).generate_state(1)[0])
+        shuffled = grain.MapDataset.range(length).shuffle(seed=own_seed).repeat()
+        sources.append(shuffled.map(lambda index, which=which: (which, index)))
+    return grain.MapDataset.mix(sources, weights)
+
+
+class _Damage:
+    """The damaged items of one source, each counted and logged once."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._lock = threading.Lock()
+        self._items: set[int] = set()
+        self._reasons: Counter[str] = Counter()
+        self._rows = self._damaged_rows = 0
+
+    def known(self, index: int) -> bool:
+        return index in self._items
+
+    def add(self, index: int, error: DamagedItem) -> None:
+        with self._lock:
+            if index in self._items:  # by another thread
+                return
+            self._items.add(index)
+            self._reasons[error.reason] += 1
+            level = logging.WARNING if self._reasons[error.reason] <= _LOUD else logging.INFO
+        _log.log(level, "%s: %s is left out: %s.", self._source.name, error.key, error.reason)
+
+    def check(self, *, planned: bool, damaged: bool) -> None:
+        """Counts what a row was planned to show: each item of a pass once, so that the share is that of the source."""
+        if planned:
+            with self._lock:
+                self._rows += 1
+                self._damaged_rows += damaged
+        share = self._damaged_rows / max(self._rows, 1)
+        if len(self._items) == len(self._source) or (self._rows >= _ENOUGH and share > 0.5):
+            raise UserError(
+                f"{self._source.name}: more than one half of the pictures cannot be used{listed(self.report())}; "
+                "check the data."
+            )
+
+    def report(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._reasons)
