@@ -24,10 +24,26 @@ def get_config(variant: str = "full") -> ConfigDict:
             "steps": 1_200,
             "seed": 1,
             "ema": 0.998,
-            "optim": {"lr": 1e-3, "warmup": 300, "decay": 0.4, "weight_decay": 0.05, "clip": 1.0, "b2": 0.98},
+            "optim": {
+                "lr": 1e-3,
+                "schedule": "stable",
+                "warmup": 300,
+                "decay": 0.4,
+                "weight_decay": 0.05,
+                "no_decay": "bias|norm|class_embedding|logit_scale",
+                "clip": 1.0,
+                "b1": 0.9,
+                "b2": 0.98,
+            },
+            "mesh": {"data": -1, "fsdp": 1},
+            "threads": 2,
+            "max_bad_steps": 20,
             "log_every": 100,
             "preview_every": 900,
-            "checkpoint_minutes": 3,
+            "checkpoint_every": 0,
+            "checkpoint_minutes": 3.0,
+            "keep": 2,
+            "best": {"metric": "", "mode": "max"},
         }
     )
     if variant == "smoke":

@@ -19,10 +19,26 @@ def get_config(variant: str = "full") -> ConfigDict:
             "steps": 4_600,
             "seed": 3,
             "ema": 0.999,
-            "optim": {"lr": 8e-4, "warmup": 300, "decay": 0.4, "weight_decay": 0.01, "clip": 1.0, "b2": 0.99},
+            "optim": {
+                "lr": 8e-4,
+                "schedule": "stable",
+                "warmup": 300,
+                "decay": 0.4,
+                "weight_decay": 0.01,
+                "no_decay": "bias|norm|class_embedding|logit_scale",
+                "clip": 1.0,
+                "b1": 0.9,
+                "b2": 0.99,
+            },
+            "mesh": {"data": -1, "fsdp": 1},
+            "threads": 2,
+            "max_bad_steps": 20,
             "log_every": 50,
             "preview_every": 1000,
-            "checkpoint_minutes": 4,
+            "checkpoint_every": 0,
+            "checkpoint_minutes": 4.0,
+            "keep": 2,
+            "best": {"metric": "", "mode": "max"},
         }
     )
     if variant == "smoke":

@@ -18,10 +18,26 @@ def get_config(variant: str = "full") -> ConfigDict:
             "steps": 3_000,
             "seed": 3,
             "ema": 0.995,
-            "optim": {"lr": 3e-3, "warmup": 150, "decay": 0.5, "weight_decay": 0.02, "clip": 1.0, "b2": 0.99},
+            "optim": {
+                "lr": 3e-3,
+                "schedule": "stable",
+                "warmup": 150,
+                "decay": 0.5,
+                "weight_decay": 0.02,
+                "no_decay": "bias|norm|class_embedding|logit_scale",
+                "clip": 1.0,
+                "b1": 0.9,
+                "b2": 0.99,
+            },
+            "mesh": {"data": -1, "fsdp": 1},
+            "threads": 2,
+            "max_bad_steps": 20,
             "log_every": 100,
             "preview_every": 1000,
-            "checkpoint_minutes": 3,
+            "checkpoint_every": 0,
+            "checkpoint_minutes": 3.0,
+            "keep": 2,
+            "best": {"metric": "", "mode": "max"},
         }
     )
     if variant == "smoke":

@@ -37,10 +37,26 @@ def get_config(variant: str = "full") -> ConfigDict:
             "steps": 11_600,
             "seed": 2,
             "ema": 0.9995,
-            "optim": {"lr": 1.2e-3, "warmup": 500, "decay": 0.3, "weight_decay": 0.01, "clip": 1.0, "b2": 0.99},
+            "optim": {
+                "lr": 1.2e-3,
+                "schedule": "stable",
+                "warmup": 500,
+                "decay": 0.3,
+                "weight_decay": 0.01,
+                "no_decay": "bias|norm|class_embedding|logit_scale",
+                "clip": 1.0,
+                "b1": 0.9,
+                "b2": 0.99,
+            },
+            "mesh": {"data": -1, "fsdp": 1},
+            "threads": 2,
+            "max_bad_steps": 20,
             "log_every": 100,
             "preview_every": 1000,
-            "checkpoint_minutes": 5,
+            "checkpoint_every": 0,
+            "checkpoint_minutes": 5.0,
+            "keep": 2,
+            "best": {"metric": "", "mode": "max"},
         }
     )
     if variant == "smoke":

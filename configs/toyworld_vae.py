@@ -23,10 +23,26 @@ def get_config(variant: str = "full") -> ConfigDict:
             "steps": 5_500,
             "seed": 0,
             "ema": 0.998,
-            "optim": {"lr": 2e-3, "warmup": 200, "decay": 0.4, "weight_decay": 1e-4, "clip": 1.0, "b2": 0.99},
+            "optim": {
+                "lr": 2e-3,
+                "schedule": "stable",
+                "warmup": 200,
+                "decay": 0.4,
+                "weight_decay": 1e-4,
+                "no_decay": "bias|norm|class_embedding|logit_scale",
+                "clip": 1.0,
+                "b1": 0.9,
+                "b2": 0.99,
+            },
+            "mesh": {"data": -1, "fsdp": 1},
+            "threads": 2,
+            "max_bad_steps": 20,
             "log_every": 100,
             "preview_every": 2500,
-            "checkpoint_minutes": 3,
+            "checkpoint_every": 0,
+            "checkpoint_minutes": 3.0,
+            "keep": 2,
+            "best": {"metric": "", "mode": "max"},
         }
     )
     if variant == "smoke":

@@ -1,33 +1,40 @@
-"""The training loop: one jitted step, time-based checkpoints, exact resume, visible progress.
+"""The training loop: one compiled step, exact resume, visible progress.
 
-A `Task` says what is trained and on what. The loop owns everything else: at step `s` it draws the batch
-`task.batch(s, rows)` (a pure function), steps with the key `fold_in(seed, s)`, and averages the weights,
+A `Task` says what is trained and on what. The loop owns everything else. At step `s`, with the batch `task.batch(s)`
+and the key `k_s = fold_in(seed, s)`,
 
-    theta_s  = optimiser(theta_{s-1}, grad L(theta_{s-1}; batch_s, key_s))
-    ema_s    = d_s ema_{s-1} + (1 - d_s) theta_s,    d_s = min(d, (1 + s) / (10 + s))
+    l, g     = L(theta_{s-1}; batch_s, k_s), its gradient                                             (1)
+    theta_s  = optimiser(theta_{s-1}, g)                                                              (2)
+    ema_s    = d_s ema_{s-1} + (1 - d_s) theta_s,    d_s = min(d, (1 + s) / (10 + s))                 (3)
 
-so that rerunning into the same work folder goes on exactly where it stopped.
+where a step whose `l` or `|g|` is not finite changes nothing but the count of skipped steps. All of it is a function of
+the recipe and `s`, so that rerunning into the same work folder goes on exactly where the last checkpoint was made,
+whatever the number of devices and processes.
 """
 
-import functools
-import json
 import signal
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import orbax.checkpoint as ocp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
+from datencoder_jax.compilation import compiler_options, enable_cache
 from datencoder_jax.errors import UserError
+from datencoder_jax.training import mesh as on_mesh
+from datencoder_jax.training.checkpoints import Checkpoints, describe
+from datencoder_jax.training.chips import find_chip
+from datencoder_jax.training.logbook import Logbook
 from datencoder_jax.training.optim import adamw
-from datencoder_jax.training.task import Task, whole
+from datencoder_jax.training.task import Task
 from datencoder_jax.typing import Params
 
 _NO_STEP = 2**32 - 1
@@ -37,148 +44,257 @@ _NO_STEP = 2**32 - 1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a checkpoint holds."""
+    """All that changes in training; what a checkpoint holds.
+
+    Attributes:
+        step: how many steps were made, skipped ones included.
+        params, ema: the parameters and their average.
+        optimiser: its state.
+        skipped, in_a_row: steps that changed nothing: all, and those since the last that did.
+    """
 
     step: jax.Array
     params: Params
     ema: Params
     optimiser: optax.OptState
+    skipped: jax.Array
+    in_a_row: jax.Array
 
 
-def make_step(task: Task, optimiser: optax.GradientTransformation, seed: int, ema_decay: float):
-    """`step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated."""
+def start(params: Params, config: Any) -> TrainState:
+    """The state before the first step; parameters and average are copies, since both will be donated."""
+    first, average = (jax.tree.map(jnp.copy, params) for _ in range(2))
+    none = jnp.int32(0)
+    return TrainState(none, first, average, adamw(config)[0].init(params), none, none)
 
+
+def state_shapes(task: Task, config: Any, mesh: Mesh, initial: Params | None = None) -> TrainState:
+    """The state's `jax.ShapeDtypeStruct`s with their shardings; nothing is allocated."""
+    params = jax.eval_shape(task.init, jax.random.key(0)) if initial is None else initial
+    shapes = jax.eval_shape(lambda params: start(params, config), params)
+    shardings = on_mesh.of_state(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def make_step(
+    task: Task, config: Any
+) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, frozen, batch) -> (state, metrics)`: equations (1) to (3)."""
+    optimiser, rate = adamw(config)
     value_and_grad = getattr(task, "value_and_grad", None) or jax.value_and_grad(task.loss, has_aux=True)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, metrics), grads = value_and_grad(state.params, frozen, batch, key, state.step)
+    def step(state: TrainState, frozen: Any, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        (loss, metrics), grads = value_and_grad(state.params, frozen, batch, key, state.step)  # (1)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
-            updates, optimiser_state = optimiser.update(grads, state.optimiser, state.params)
-        params = cast(Params, optax.apply_updates(state.params, updates))
+            updates, moments = optimiser.update(grads, state.optimiser, state.params)
+            lr = rate(state.step - state.skipped)
+        params = cast(Params, optax.apply_updates(state.params, updates))  # (2)
         count = state.step.astype(jnp.float32)
-        decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-        return TrainState(state.step + 1, params, ema, optimiser_state), metrics
+        decay = jnp.minimum(config.ema, (1 + count) / (10 + count))
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)  # (3)
+
+        params, average, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, average, moments),
+            (state.params, state.ema, state.optimiser),
+        )
+        bad = (~finite).astype(jnp.int32)
+        new = TrainState(state.step + 1, params, average, moments, state.skipped + bad, bad * (state.in_a_row + 1))
+        counts = {"skipped": new.skipped, "in_a_row": new.in_a_row}
+        return new, {"loss": loss, "grad_norm": norm, "lr": jnp.asarray(lr), **metrics, **counts}
 
     return step
 
 
-def fit(task: Task, config, workdir: Path, *, initial: Params | None = None, accept_changes: bool = False) -> Params:
-    """Trains `task` for `config.steps` steps and returns the averaged weights.
+def fit(
+    task: Task, config: Any, workdir: Path, *, initial: Params | None = None, accept_changes: bool = False
+) -> Params:
+    """Trains `task` for `config.steps` steps and returns the averaged weights, on one device.
 
     Args:
         task: what is trained.
-        config: `steps`, `seed`, `ema`, `log_every`, `preview_every` (0: only at the end), `checkpoint_minutes`.
-        workdir: checkpoints, `log.jsonl` and previews; an interrupted run found there is continued.
+        config: the resolved recipe. Read here: `steps`, `seed`, `ema`, `optim` (see `training.optim`), `mesh` (see
+            `training.mesh`), `threads` that draw batches, `log_every`, `preview_every` (0: at the end alone),
+            `checkpoint_every` steps (0: none) and `checkpoint_minutes` (0: none; at steps that are logged), `keep` of
+            the latest checkpoints and `best` (see `training.checkpoints`), `max_bad_steps` in a row.
+        workdir: checkpoints, metrics and previews; an interrupted run found there is continued.
         initial: weights to start from instead of `task.init`'s.
         accept_changes: go on from a checkpoint of another recipe.
 
     Raises:
-        UserError: the batch cannot be shared evenly among the devices, or the loss is no longer finite; then the last
-            checkpoint is kept.
+        UserError: the batch cannot be shared evenly, the run in the work folder is another one, the disk fails, or too
+            many steps in a row were not finite.
+        SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
-    if task.batch_size % jax.device_count():
-        raise UserError(
-            f"a batch of {task.batch_size} cannot be shared by {jax.device_count()} devices; set batch_size"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    optimiser = adamw(config)
-    step_fn = make_step(task, optimiser, config.seed, config.ema)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    everywhere, by_sample = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    frozen = jax.device_put(task.frozen, everywhere)
-
-    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=keep) as manager:
-        state = jax.device_put(_initial_state(task, optimiser, config.seed, initial), everywhere)
-        if manager.latest_step() is not None:
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-        first, saved_at = int(state.step), time.monotonic()
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        print(f"training on {devices}, step {first} of {config.steps}", flush=True)
-        quiet = jax.process_index() > 0
-        with _Interrupt() as interrupt, tqdm(total=config.steps, initial=first, mininterval=5, disable=quiet) as bar:
-            for index in range(first, config.steps):
-                batch = jax.device_put(task.batch(index, whole(task)), by_sample)
-                state, metrics = step_fn(state, frozen, batch)
-                bar.update()
-                done = index + 1
-                if done % config.log_every == 0 or done == config.steps:
-                    _log(workdir, done, metrics, bar)
-                if config.preview_every and done % config.preview_every == 0 and done < config.steps:
-                    _preview(task, state.ema, workdir, done)
-                if interrupt.asked or time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
-                    _check_finite(done, metrics, workdir)
-                    manager.save(done, args=ocp.args.StandardSave(state), force=True)
-                    saved_at = time.monotonic()
-                if interrupt.asked:
-                    manager.wait_until_finished()
-                    raise SystemExit(f"interrupted at step {done}; run the same command again to go on")
-        if manager.latest_step() != config.steps:
-            manager.save(config.steps, args=ocp.args.StandardSave(state), force=True)
-            manager.wait_until_finished()
-    _preview(task, state.ema, workdir, config.steps)
-    return _on_one_device(state.ema)
+    mesh = on_mesh.make_mesh(config.mesh)
+    on_mesh.rows_here(task.batch_size, mesh)
+    run = describe(config, getattr(task, "identity", {}))
+    with Checkpoints(workdir, run, config.keep, config.get("best")) as checkpoints:
+        state, resumed = _state(task, config, initial, mesh, checkpoints, accept_changes)
+        first = int(state.step)
+        if first < config.steps:
+            state = _train(task, config, workdir, mesh, checkpoints, state, resumed)
+        else:
+            _say(f"step {first} of {config.steps}: this run is complete")
+    return on_mesh.fetch(state.ema, mesh)
 
 
-def _initial_state(
-    task: Task, optimiser: optax.GradientTransformation, seed: int, initial: Params | None
+def _train(
+    task: Task,
+    config: Any,
+    workdir: Path,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    resumed: bool,
 ) -> TrainState:
-    key = jax.random.fold_in(jax.random.key(seed), _NO_STEP)
-    params = task.init(key) if initial is None else jax.tree.map(jnp.copy, initial)  # these too will be donated
-    # The average starts as a copy: donated buffers may not alias.
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimiser.init(params))
+    """The steps that are left, and what is done between them."""
+    first, seconds = int(state.step), 60 * config.checkpoint_minutes
+    _say(f"training on {mesh.size} x {mesh.devices.flat[0].device_kind}, step {first} of {config.steps}")
+    frozen = on_mesh.place(task.frozen, on_mesh.of_frozen(task.frozen, mesh))
+    batches = on_mesh.batches(task.batch, task.batch_size, mesh, range(first, config.steps), config.threads)
+    batch = next(batches)
+    step_fn = _compile(make_step(task, config), state, frozen, batch, mesh)
+    with Logbook(workdir, first if resumed else None, config.steps) as log, _Interrupt() as interrupt:
+        if config.preview_every and not resumed:
+            _preview(task, state, mesh, workdir, log)
+        speed, saved_at = _Speed(step_fn, task.batch_size, mesh, first), time.monotonic()
+        for done in range(first + 1, config.steps + 1):
+            state, metrics = step_fn(state, frozen, batch)
+            batch = next(batches, None)
+            log.bar.update()
+            last, stop = done == config.steps, interrupt.asked(done)
+            logged = last or stop or done % config.log_every == 0
+            if logged:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                in_a_row = values.pop("in_a_row")
+                report = getattr(task, "data_report", dict)()
+                data = {f"data/{name}": float(count) for name, count in report.items()}
+                log.metrics(done, values | speed.since_last(done) | data)
+                if in_a_row >= config.max_bad_steps:
+                    raise UserError(_not_finite(done, int(in_a_row), checkpoints))
+            shown, scores = last or (config.preview_every and done % config.preview_every == 0), None
+            if shown:
+                scores = _preview(task, state, mesh, workdir, log)
+                speed.restart(done)
+            late = logged and seconds and _agreed(time.monotonic() - saved_at > seconds)
+            chosen = config.checkpoint_every and done % config.checkpoint_every == 0
+            if last or stop or late or chosen or (shown and checkpoints.seeks_best):
+                checkpoints.save(done, state, scores)
+                saved_at = time.monotonic()
+            if stop and not last:
+                checkpoints.wait()
+                raise SystemExit(f"interrupted at step {done}; run the same command again to go on")
+        checkpoints.wait()
+    return state
 
 
-def _log(workdir: Path, step: int, metrics: dict[str, jax.Array], bar: tqdm) -> None:
-    _check_finite(step, metrics, workdir)
-    values = {name: float(value) for name, value in metrics.items()}
-    bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-    _append(workdir, {"step": step, "time": time.time(), **values})
+def _state(
+    task: Task, config: Any, initial: Params | None, mesh: Mesh, checkpoints: Checkpoints, accept_changes: bool
+) -> tuple[TrainState, bool]:
+    """The state to go on from, on its devices, and whether a checkpoint held it."""
+    shapes = state_shapes(task, config, mesh, initial)
+    if found := checkpoints.restore(shapes, accept_changes):
+        state, complaints = found
+        for line in complaints:
+            _say(line)
+        return state, True
+    params = task.init(jax.random.fold_in(jax.random.key(config.seed), _NO_STEP)) if initial is None else initial
+    placed = on_mesh.place(params, on_mesh.of_params(params, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(lambda params: start(params, config), out_shardings=shardings)(placed), False
 
 
-def _check_finite(step: int, metrics: dict[str, jax.Array], workdir: Path) -> None:
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(value := float(metrics[name])):
-            raise UserError(
-                f"{name} is {value} at step {step}; lower optim.lr and rerun to go on from the last checkpoint "
-                f"in {workdir}"
-            )
+def _compile(step: Callable, state: TrainState, frozen: Any, batch: dict, mesh: Mesh) -> Any:
+    """The step for these shapes and places, compiled once, under a line that says so; it takes the state's memory."""
+    enable_cache()
+    shardings = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, on_mesh.WHOLE)
+    quiet, since = jax.process_index() > 0, time.perf_counter()
+    if not quiet:
+        print("compiling the training step (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    compiled = jitted.lower(state, frozen, batch).compile(compiler_options())
+    if not quiet:
+        print(f"{time.perf_counter() - since:.1f} s", file=sys.stderr, flush=True)
+    return compiled
 
 
-def _preview(task: Task, params: Params, workdir: Path, step: int) -> None:
-    scores = task.preview(_on_one_device(params), workdir / f"preview_{step:07d}.png")
-    record = {f"preview/{name}": value for name, value in scores.items()}
-    _append(workdir, {"step": step, "time": time.time(), **record})
-    print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()), flush=True)
+def _preview(task: Task, state: TrainState, mesh: Mesh, workdir: Path, log: Logbook) -> dict[str, float]:
+    """Scores of the average's sample grid; process 0 makes it, all have to help fetching the average."""
+    step, ema = int(state.step), on_mesh.fetch(state.ema, mesh)
+    path = workdir / f"preview_{step:07d}.png"
+    scores = task.preview(ema, path) if jax.process_index() == 0 else {}
+    log.preview(step, scores, path)
+    return scores
 
 
-def _on_one_device(replicated: Params) -> Params:
-    """The same arrays without the mesh, so that what reads them next is not computed once per device."""
-    return {name: value.addressable_data(0) for name, value in replicated.items()}
+def _not_finite(step: int, in_a_row: int, checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    last = "there is no checkpoint yet" if latest is None else f"the last good checkpoint is step {latest}"
+    return (
+        f"loss or gradient is not finite at step {step} and was not in the {in_a_row} steps up to it; {last} "
+        f"in {checkpoints.folder}; lower optim.lr and rerun with --accept-changes"
+    )
 
 
-def _append(workdir: Path, record: dict) -> None:
-    with (workdir / "log.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+def _agreed(asked: bool) -> bool:
+    """What process 0 says, on all."""
+    return bool(multihost_utils.broadcast_one_to_all(jnp.bool_(asked))) if jax.process_count() > 1 else asked
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+class _Speed:
+    """Pictures per second since the last log, and the share of the chips' peak that the step's operations make up.
+
+    The compiler counts the operations of one pass through a loop, whatever the number of passes: a lower bound.
+    """
+
+    def __init__(self, compiled: Any, batch_size: int, mesh: Mesh, step: int):
+        self.batch_size, chip = batch_size, find_chip(mesh.devices.flat[0])
+        cost: dict[str, float] = {}
+        with suppress(NotImplementedError, jax.errors.JaxRuntimeError):  # not every backend can say
+            cost = compiled.cost_analysis() or {}
+        self.of_peak = cost.get("flops", 0.0) / chip.flops if chip else 0.0
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.step, self.at = step, time.perf_counter()
+
+    def since_last(self, step: int) -> dict[str, float]:
+        rate = (step - self.step) / (time.perf_counter() - self.at)
+        self.restart(step)
+        return {"images_per_second": rate * self.batch_size} | ({"mfu": rate * self.of_peak} if self.of_peak else {})
 
 
 class _Interrupt:
-    """Turns SIGTERM and Ctrl-C into a request to checkpoint and stop after the current step."""
+    """Turns SIGTERM and Ctrl-C into a request to checkpoint and stop after the current step.
+
+    With several processes JAX itself listens to SIGTERM, and sees to it that all of them stop at the same step.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.heard, self.alone = False, jax.process_count() == 1
 
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    def asked(self, step: int) -> bool:
+        return self.heard if self.alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def __enter__(self) -> "_Interrupt":
+        numbers = (signal.SIGTERM, signal.SIGINT) if self.alone else ()
+        self._before = {number: signal.signal(number, self._hear) for number in numbers}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_):
-        self.asked = True
+    def _hear(self, *_: object) -> None:
+        self.heard = True

@@ -1,0 +1,216 @@
+"""Checkpoints of a training run: written beside the training, whole or not at all, and continued only by the same run.
+
+A checkpoint `checkpoints/<step>/` holds the training state (parameters, average, optimiser, counters) and a description
+of the run: its resolved recipe, what base model and data it reads, versions. The frozen base model is not in it. Orbax
+writes under another name and renames at the end, so whatever has the name of a step is complete.
+
+The step is also the position in the data, since every batch is a function of it. Arrays are stored by their place in
+the whole, so any number of devices or processes can read them.
+"""
+
+import errno
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from datencoder_jax.errors import UserError
+
+SCHEMA = 1
+FREE = r"log_every|preview_every|checkpoint_(every|minutes)|keep|best\..*|mesh\..*|threads|max_bad_steps|output"
+"""Keys of a recipe that do not change what is computed: a run may go on under other values."""
+_STORAGE = re.compile(r"no space left|quota|permission denied|read-only|input/output error|file too large", re.I)
+_STORAGE_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def describe(config: Any, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint says of its run; JSON."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    recipe = json.loads(json.dumps(config.to_dict(), default=str))
+    return {"schema": SCHEMA, "config": recipe, "identity": dict(identity), "versions": versions}
+
+
+class Checkpoints:
+    """The checkpoints in a work folder.
+
+    Args:
+        workdir: their folder is `checkpoints` in it.
+        run: what `describe` says of the run that wants to write here.
+        keep: how many of the latest stay.
+        best: `metric` of the previews and `mode` ("max" or "min"): the best by it stays too. No metric: none does.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, workdir: Path, run: dict[str, Any], keep: int, best: Mapping[str, str] | None = None):
+        self.folder, self.run = workdir.absolute() / "checkpoints", run
+        self._metric = metric = (best or {}).get("metric", "")
+        self.seeks_best = bool(metric)
+        policies: list[Any] = [LatestN(keep)]
+        if metric:
+            lowest = (best or {}).get("mode") == "min"
+            policies.append(
+                BestN(
+                    get_metric_fn=lambda scores: scores[metric],
+                    reverse=lowest,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        with self._storage("cannot be made"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return max(self._manager.all_steps(read=True), default=None)
+
+    def restore(self, shapes: Any, accept_changes: bool = False) -> tuple[Any, list[str]] | None:
+        """The newest state that can be read, and a sentence on each that could not; None where there is none.
+
+        Args:
+            shapes: the state as `jax.ShapeDtypeStruct`s with the shardings it is wanted in.
+            accept_changes: whether a changed recipe is fine.
+
+        Raises:
+            UserError: the run here had another recipe, base model or data; or no checkpoint can be read.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                run = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                self._check(run, step, accept_changes)
+                wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+                state = self._manager.restore(step, args=wanted)["state"]
+            except UserError:
+                raise
+            except Exception as error:  # whatever reading a damaged file leads to
+                damaged[step] = " ".join(str(error).split())[:200] or type(error).__name__
+                continue
+            self._set_aside(damaged)
+            return state, [
+                f"checkpoint {bad} cannot be read ({reason}): going on from {step}; it is now {bad}.unreadable"
+                for bad, reason in damaged.items()
+            ]
+        if damaged:
+            step, reason = next(iter(damaged.items()))
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read (the newest, {step}: {reason}); use another --workdir"
+            )
+        return None
+
+    def save(self, step: int, state: Any, scores: Mapping[str, float] | None = None) -> None:
+        """Starts to write a checkpoint; `state` may be donated to the next step right away.
+
+        Raises:
+            UserError: this one, or the one before, cannot be written.
+        """
+        meta = {**self.run, "step": step, "data": {"position": step}}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        metrics = dict(scores) if self._metric and scores and self._metric in scores else None
+        with self._storage(f"{step} or the one before cannot be written"):
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            UserError: it cannot be.
+        """
+        with self._storage("cannot be written"):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def _check(self, before: dict[str, Any], step: int, accept_changes: bool) -> None:
+        where = f"the run in {self.folder.parent}"
+        if before["schema"] != SCHEMA:
+            raise UserError(
+                f"{where} has checkpoints of schema {before['schema']}, not {SCHEMA}; use another --workdir"
+            )
+        if changed := _differences(before["identity"], self.run["identity"]):
+            raise UserError(f"{where} has read something else: {changed}; put that back or use another --workdir")
+        changed = _differences(_flat(before["config"]), _flat(self.run["config"]), re.compile(FREE))
+        if changed and not accept_changes:
+            raise UserError(
+                f"{where} has come to step {step} with another recipe: {changed}; "
+                "set that back, use another --workdir, or accept the changes with --accept-changes"
+            )
+
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                name = self.folder / f"{step}.unreadable"
+                number = sum(1 for _ in self.folder.glob(f"{name.name}*"))
+                (self.folder / str(step)).rename(name.with_name(f"{name.name}.{number}") if number else name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+
+    @contextmanager
+    def _storage(self, what: str) -> Iterator[None]:
+        """Turns failures of the disk into a sentence; others are left alone."""
+        try:
+            yield
+        except Exception as error:
+            number = getattr(error, "errno", None)
+            if number not in _STORAGE_NUMBERS and not isinstance(error, (NotADirectoryError, FileExistsError)):
+                if not (found := _STORAGE.search(str(error))):
+                    raise
+                reason = found[0].lower()
+            else:
+                reason = str(getattr(error, "strerror", None) or error).lower()
+            last = (
+                "there is none yet" if (latest := self._latest_on_disk()) is None else f"the last good one is {latest}"
+            )
+            raise UserError(
+                f"checkpoint {what} in {self.folder}: {reason}; {last}: make room there and run the same command again"
+            ) from error
+
+    def _latest_on_disk(self) -> int | None:
+        found = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()] if self._made() else []
+        return max(found, default=None)
+
+    def _made(self) -> bool:
+        try:
+            return self.folder.is_dir()
+        except OSError:
+            return False
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except Exception:
+            if kind is None:
+                raise
+
+
+def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in recipe.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], free: re.Pattern | None = None) -> str:
+    """`key old -> new` of whatever differs, but for keys that may."""
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    said = [f"{key} {before.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in keys]
+    return ", ".join(line for key, line in zip(keys, said, strict=True) if not (free and free.fullmatch(key)))
