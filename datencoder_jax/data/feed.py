@@ -16,6 +16,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -111,9 +112,9 @@ class Feed:
     def row(self, number: int) -> dict[str, np.ndarray]:
         """One row of the endless sequence."""
         rng = np.random.default_rng([self.seed, number])
-        template = rng.integers(self._templates, dtype=np.int32)
+        template = rng.integers(self._templates)
         crop = draw_crop(rng, self._crop, self._flip)
-        which, index = self._order[number]
+        which, index = cast(tuple[int, int], self._order[number])
         source, damage = self.sources[which], self._damage[which]
         for attempt in range(_ENOUGH):
             values = self._values(which, index, crop)
@@ -126,8 +127,8 @@ class Feed:
                 f"{source.name}: {_ENOUGH} pictures one after the other cannot be used{listed(damage.report())}; "
                 "check the data."
             )
-        concept = np.int32((self._first[which] + index) % 2**31)
-        return {**values, "concepts": concept, "templates": template}
+        concept = (self._first[which] + index) % 2**31
+        return {**values, "concepts": np.array(concept, np.int32), "templates": np.array(template, np.int32)}
 
     def _values(self, which: int, index: int, crop: Crop) -> dict[str, np.ndarray] | None:
         """The arrays of an item, or None if it cannot be used."""

@@ -38,10 +38,13 @@ class Source(Protocol):
 
     name: str
     """Names it in messages."""
-    report: dict[str, int]
-    """What was wrong with things that the source left out, or used all the same: how many, by reason."""
     identity: str
     """A hash that changes when the items or their order do; kept in checkpoints."""
+
+    @property
+    def report(self) -> dict[str, int]:
+        """What was wrong with things that the source left out, or used all the same: how many, by reason."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -1,6 +1,6 @@
 """Two views of one picture, for the VAE and for CLIP's vision tower, from one decoding and the same crop.
 
-Of what is to be shown of a picture (all of it, or its item's box), height h and width w in pixels, a view shows a square
+Of what is to be shown of a picture (all of it, or its item's box), h pixels high and w wide, a view shows a square
 
     side  = s min(h, w),            s uniform in [crop, 1]
     top   = y (h - side),           y uniform in [0, 1]
@@ -63,6 +63,11 @@ def decode_item(item: Item, least: int) -> Image.Image:
         raise DamagedItem(item.key, error.reason) from error
 
 
+def least_side(crop: Crop, sizes: tuple[int, ...], min_side: int) -> int:
+    """How many pixels what is shown needs a side, before it is cropped, so that no view has to be enlarged."""
+    return max(math.ceil(max(sizes) / crop.side), min_side)
+
+
 def square(item: Item, picture: Image.Image, crop: Crop, min_side: int) -> tuple[float, float, float, float]:
     """Where the crop lies in the decoded picture: left, top, right, bottom in pixels.
 
@@ -99,7 +104,7 @@ def make_views(item: Item, crop: Crop, sizes: tuple[int, ...], min_side: int) ->
     Raises:
         DamagedItem: it cannot be used.
     """
-    picture = decode_item(item, least=max(math.ceil(max(sizes) / crop.side), min_side))
+    picture = decode_item(item, least_side(crop, sizes, min_side))
     place = square(item, picture, crop, min_side)
     views = [np.asarray(resize(picture, place, size)) for size in sizes]
     return [view[:, ::-1] for view in views] if crop.mirrored else views

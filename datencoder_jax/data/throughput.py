@@ -1,0 +1,158 @@
+"""How many pictures a second one core prepares for training, and where the time goes.
+
+`python -m datencoder_jax.data.throughput [PATH]` measures a folder of pictures or of tar shards or, without a path,
+made-up photographs: noise with the spectrum of natural pictures, as JPEG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.data.feed import Feed
+from datencoder_jax.data.folder import Folder, files_under
+from datencoder_jax.data.items import DamagedItem, Item, Source
+from datencoder_jax.data.shards import Shards
+from datencoder_jax.data.views import Crop, decode_item, draw_crop, least_side, resize, square
+from datencoder_jax.errors import UserError
+
+_BATCH = 16
+
+
+def open_source(path: str | Path) -> Source:
+    """The source that a path names: tar shards if there are any, otherwise a folder of pictures."""
+    root = expand_user(path)
+    tars = root.is_file() or any(name.lower().endswith(".tar") for name, _ in files_under(root))
+    return Shards(root) if tars else Folder(root)
+
+
+def made_up(folder: Path, count: int, height: int, width: int) -> Source:
+    """A shard of JPEGs of noise with an amplitude that falls as 1/f^1.2, in every colour."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for index in range(count):
+            waves = rng.normal(size=(3, *frequency.shape, 2)).view(complex)[..., 0] / frequency**1.2
+            noise = np.fft.irfft2(waves, (height, width)).transpose(1, 2, 0)
+            pixels = np.clip(128 + 50 * noise / noise.std(), 0, 255).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG", quality=90)
+            member = tarfile.TarInfo(f"{index:09d}.jpg")
+            member.size = file.tell()
+            file.seek(0)
+            tar.addfile(member, file)
+    return Shards(folder, quiet=True)
+
+
+def measure_stages(source: Source, count: int, resolution: int, vision_size: int, repeats: int) -> dict[str, float]:
+    """Milliseconds that each stage takes per picture in one thread, the median of several repeats."""
+    rng = np.random.default_rng(0)
+    sizes = (resolution, vision_size)
+    items = [(item, draw_crop(rng, 0.8, True)) for item in _good(source, count)]
+    indices = rng.integers(len(source), size=len(items)).tolist()
+
+    def decoded(item: Item, crop: Crop) -> Image.Image:
+        return decode_item(item, least_side(crop, sizes, 0))
+
+    def read(index: int) -> None:
+        with suppress(DamagedItem):
+            source[index]
+
+    pictures = [(item, crop, decoded(item, crop)) for item, crop in items]
+
+    def shrink(item: Item, crop: Crop, picture: Image.Image) -> None:
+        place = square(item, picture, crop, 0)
+        for size in sizes:
+            resize(picture, place, size)
+
+    stages = {
+        "reading": lambda: [read(index) for index in indices],
+        "decoding": lambda: [decoded(item, crop) for item, crop in items],
+        "cropping and resizing": lambda: [shrink(*each) for each in pictures],
+    }
+    return {name: 1000 * _median(stage, repeats) / len(items) for name, stage in stages.items()}
+
+
+def measure_feed(feed: Feed, count: int, threads: int, repeats: int) -> float:
+    """Pictures a second that several threads make into batches, the median of several repeats."""
+    steps = max(count // feed.batch_size, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = _median(lambda: list(pool.map(feed.batch, range(steps))), repeats)
+    return steps * feed.batch_size / seconds
+
+
+def _median(call: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _good(source: Source, count: int) -> Iterator[Item]:
+    """Up to `count` pictures that can be used, from all over the source."""
+    for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
+        try:
+            item = source[index]
+            if isinstance(item, Item):
+                decode_item(item, 0)
+                yield item
+        except DamagedItem:
+            continue
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures how many pictures a second are prepared for training."""
+    parser = argparse.ArgumentParser(prog="python -m datencoder_jax.data.throughput", description=main.__doc__)
+    parser.add_argument("path", nargs="?", help="a folder of pictures or shards (default: made-up photographs)")
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 683), metavar=("H", "W"), help="of made-up ones")
+    parser.add_argument("--resolution", type=int, default=512, help="of the VAE's view (default: 512)")
+    parser.add_argument("--vision-size", type=int, default=224, help="of CLIP's view (default: 224)")
+    parser.add_argument("--count", type=int, default=64, help="pictures a repeat (default: 64)")
+    parser.add_argument("--repeats", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = (
+                made_up(Path(folder), options.count, *options.size) if not options.path else open_source(options.path)
+            )
+            stages = measure_stages(source, options.count, options.resolution, options.vision_size, options.repeats)
+            feed = Feed(
+                [source],
+                [1],
+                batch_size=_BATCH,
+                seed=0,
+                resolution=options.resolution,
+                vision_size=options.vision_size,
+                min_side=0,
+            )
+            rates = {n: measure_feed(feed, options.count, n, options.repeats) for n in sorted({1, *options.threads})}
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    whole = 1000 / rates[1]
+    stages["assembling and the rest"] = whole - sum(stages.values())
+    print(f"{options.path or 'made-up photographs of {} x {} pixels'.format(*options.size)}, {len(source)} pictures")
+    for name, milliseconds in stages.items():
+        print(f"{name:24s} {milliseconds:8.2f} ms  {100 * milliseconds / whole:5.1f} %")
+    for threads, rate in rates.items():
+        print(f"{threads} thread{'s' if threads > 1 else ' '} {rate:22.1f} images/s  {rate / rates[1]:5.2f} times")
+
+
+if __name__ == "__main__":
+    main()
