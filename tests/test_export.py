@@ -265,24 +265,6 @@ def test_the_card(out, tmp_path, concept):
     assert not list(tmp_path.glob("it.safetensors"))
 
 
-def test_the_card_names_repositories_of_the_hub_alone(tmp_path, concept, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "sd15").mkdir(parents=True)
-    for base, there in (
-        ("someone/some-model.v2", True),
-        ("models/sd15", False),
-        ("models/x.safetensors", False),
-        ("toyworld", False),
-        ("/home/models/sd15", False),
-        ("someone/some-model\n", False),
-    ):
-        export_concept("out", replace(concept, base=base), TARGET, name="toy", kinds=["diffusers", "card"])
-        card = (tmp_path / "out" / "README.md").read_text()
-        assert ("base_model:" in card) == there, base
-        loaded = base if there else "<folder of the base model in diffusers' format>"
-        assert card.count(f'from_pretrained("{loaded}"') == 2, base
-
-
 def test_the_words_of_a_prompt_are_what_the_embedding_is_called(tmp_path, concept):
     export_concept(tmp_path, concept, TARGET, name="x_emb", kinds=["kohya", "embedding", "card"])
     for file in ("x_emb.safetensors", "x_emb_emb.safetensors"):

@@ -12,6 +12,7 @@ import base64
 import datetime
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from datencoder_jax.checkpoints.atomic import save_tensors, write_all
 from datencoder_jax.checkpoints.concept_file import save_concept
 from datencoder_jax.checkpoints.embedding_files import diffusers_token, embedding_tensors
 from datencoder_jax.checkpoints.lora_files import diffusers_tensors, kohya_tensors
-from datencoder_jax.checkpoints.model_card import MARK, model_card
+from datencoder_jax.checkpoints.model_card import MARK, base_name, model_card
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import Concept
@@ -121,6 +122,24 @@ def check_replaceable(folder: str | Path, kinds: Collection[str]) -> None:
         raise _not_ours(code, "diffusers")
 
 
+def exported_files(folder: str | Path, names: Collection[str]) -> set[str]:
+    """Those of `names` that `export_concept` may have written in `folder`, and that no run writes without it.
+
+    Others are left out: paths, names it gives to no file, and a README.md or pipeline.py of somebody else.
+    """
+    fixed = {"README.md": "card", "pipeline.py": "diffusers"}
+    fixed |= dict.fromkeys((lora_files.DIFFUSERS_FILE, embedding_files.DIFFUSERS_FILE), "")
+    found = set()
+    for name in names:
+        stem, _, kind = name.rpartition(".")
+        if name not in fixed and not (kind == "safetensors" and _NAME.fullmatch(stem) and stem not in _TAKEN):
+            continue
+        with suppress(UserError):
+            check_replaceable(folder, {fixed.get(name, "")})
+            found.add(name)
+    return found
+
+
 def _lines(path: Path, missing: Sequence[str] = ()) -> Sequence[str]:
     """The lines of a file, or `missing` where there is none."""
     try:
@@ -184,7 +203,7 @@ def _training_metadata(concept: Concept, target: Target, name: str) -> dict[str,
     rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
     return {
         "ss_output_name": name,
-        "ss_sd_model_name": concept.base,
+        "ss_sd_model_name": base_name(concept.base),
         "ss_base_model_version": _family(target).version,
         "ss_v2": str(target.widths == (1024,)),
         "ss_network_module": "networks.lora",

@@ -102,6 +102,11 @@ def _on_hub(base: str) -> bool:
     return bool(_REPOSITORY.fullmatch(base)) and not base.endswith(".safetensors") and not os.path.exists(base)
 
 
+def base_name(base: str) -> str:
+    """What a base model is called where others read it: its repository, or the last part of a path on this machine."""
+    return base if _on_hub(base) else re.split(r"[/\\]", base.rstrip("/\\"))[-1] or base
+
+
 def _front_matter(concept: Concept, prompt: str, files: Collection[str], encoders: int) -> str:
     family = "stable-diffusion" if encoders == 1 else "stable-diffusion-xl"
     lora = ["lora"] if concept.offsets else []
@@ -119,10 +124,11 @@ def _front_matter(concept: Concept, prompt: str, files: Collection[str], encoder
 
 def _introduction(concept: Concept, name: str, files: Collection[str]) -> str:
     made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(concept.metadata.items()))
+    base = base_name(concept.base)
     picture = "\n![Samples](samples.png)\n" if "samples.png" in files else ""
     return f"""# {name}
 
-A concept of one particular thing, for text-to-image models on {concept.base} (weights {concept.fingerprint[:8]}).
+A concept of one particular thing, for text-to-image models on {base} (weights {concept.fingerprint[:8]}).
 In prompts it is `{concept.token}`; the common word nearest to it is "{concept.nearest_word}".
 {picture}
 Made with: {made or "settings that were not kept"}.
