@@ -64,7 +64,7 @@ def load(
     settings = choose(large) if memory is None else PRESETS[memory]
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" and not large else "bfloat16"
-    with _on_host() if settings.in_parts else nullcontext():
+    with on_host() if settings.in_parts else nullcontext():
         pipeline = read_pipeline(path, str(model), dtype=dtype, prediction_type=prediction_type)
         if vision is not None:
             pipeline = with_vision(pipeline, vision, dtype=dtype)
@@ -86,7 +86,7 @@ def load(
     return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
 
 
-def _on_host():
+def on_host():
     """Arrays are made in the machine's memory, where JAX may use it beside the accelerator."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])

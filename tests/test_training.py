@@ -14,18 +14,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.key_reuse import _core as key_reuse
-from jax.sharding import AxisType
 from ml_collections import ConfigDict
 from tiny import UNET, VAE, pictures, write_tiny_base
 
 from datencoder_jax import api
 from datencoder_jax.checkpoints.folders import read_component, write_component
 from datencoder_jax.diffusion.schedule import ScheduleConfig
-from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import datencoder
 from datencoder_jax.models.clip_text import TOKEN_TABLE
-from datencoder_jax.models.module import abstract_params
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
 from datencoder_jax.pipeline import read_pipeline
 from datencoder_jax.toyworld.dataset import prerender
@@ -37,9 +34,7 @@ from datencoder_jax.training.denoiser import DenoiserTask
 from datencoder_jax.training.loop import _initial_state, fit, make_step
 from datencoder_jax.training.optim import adamw
 from datencoder_jax.training.source import Source
-from datencoder_jax.training.tuning_encoder import Frozen, PairSource, TuningEncoderTask, Weights, _offset_norm
 from datencoder_jax.training.vae import VAETask, encode_latents
-from datencoder_jax.typing import LowRank, Variables
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BATCH = 8
@@ -321,79 +316,6 @@ def test_initial_weights_share_no_draws_with_a_step(tmp_path):
 # --- the tasks
 
 
-@pytest.fixture(scope="module")
-def task(pipeline):
-    """The encoder's task on random pictures; concepts 0 and 1 have two views each in every batch."""
-    shots = pictures(8).reshape(4, 2, 16, 16, 3)
-    latents = np.random.default_rng(0).standard_normal((4, 2, 8, 8, 4)).astype(np.float16)
-    ids = pipeline.tokenizer.encode(["a photo of S*", "S* at night"] * 4, {"S*": 1}).reshape(4, 2, -1)
-    source = PairSource(shots, latents, ids)
-    frozen = Frozen(pipeline.base, jnp.asarray(pipeline.tokenizer.encode([""])))
-    weights = Weights(contrastive=0.5, norm=1e-2, temperature=0.1, neighbours=3, gamma=5.0)
-    config = pipeline.encoder.config
-    return TuningEncoderTask(config, frozen, source, source, batch_size=BATCH, pairs=0.5, weights=weights, seed=0)
-
-
-def sharded(task):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    return TuningEncoderTask(
-        task.config,
-        task.frozen,
-        task.source,
-        task.held_out,
-        batch_size=BATCH,
-        pairs=0.5,
-        weights=task.weights,
-        seed=0,
-        mesh=mesh,
-    )
-
-
-def test_the_contrastive_term_is_the_same_dense_and_sharded(pipeline, task):
-    params, batch, key = pipeline.encoder.params, task.batch(0, slice(0, BATCH)), jax.random.key(0)
-    assert len(set(batch["concepts"])) < BATCH  # some concepts twice: not each other's negatives
-    dense, metrics = jax.jit(task.loss)(params, task.frozen, batch, key, jnp.int32(0))
-    ring, others = jax.jit(sharded(task).loss)(params, task.frozen, batch, key, jnp.int32(0))
-    assert float(metrics["contrastive"]) > 0.1
-    np.testing.assert_allclose(dense, ring, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), metrics, others)
-    expected = metrics["denoise"] + 0.5 * metrics["contrastive"]
-    assert 0 < float(dense - expected) < 0.1  # the penalty on the norm
-
-
-def test_one_picture_has_one_word_whatever_the_target(pipeline, task):
-    """Noise and timestep of the prediction are the batch's, those of the target are the sample's."""
-    batch = task.batch(0, slice(0, BATCH))
-    batch |= {name: np.repeat(batch[name][:1], BATCH, axis=0) for name in ("images", "latents")}
-    _, metrics = jax.jit(task.loss)(pipeline.encoder.params, task.frozen, batch, jax.random.key(0), jnp.int32(0))
-    assert float(metrics["concept_cosine"]) == pytest.approx(1.0, abs=1e-5)
-    _, metrics = jax.jit(task.loss)(
-        pipeline.encoder.params, task.frozen, task.batch(0, slice(0, BATCH)), jax.random.key(0), jnp.int32(0)
-    )
-    assert float(metrics["concept_cosine"]) < 0.999
-
-
-def test_the_hard_path_teaches_the_word_and_nothing_else(pipeline, task):
-    """With blend 0 only the nearest word is read, and only `v*` can change it."""
-    weights = Weights(contrastive=0.0, norm=0.0, temperature=0.1, neighbours=3, gamma=5.0)
-    alone = TuningEncoderTask(
-        replace(task.config, blend=0.0),
-        task.frozen,
-        task.source,
-        task.source,
-        batch_size=BATCH,
-        pairs=0.5,
-        weights=weights,
-        seed=0,
-    )
-    found = jax.jit(jax.grad(lambda *args: alone.loss(*args)[0]))
-    grads = found(
-        pipeline.encoder.params, alone.frozen, alone.batch(0, slice(0, BATCH)), jax.random.key(0), jnp.int32(0)
-    )
-    assert float(jnp.abs(grads["token_head.bias"]).max()) > 1e-6
-    assert all(float(jnp.abs(g).max()) == 0.0 for name, g in grads.items() if name.startswith(("up_", "down_")))
-
-
 def test_words_no_caption_used_say_nothing_and_are_nobodys_neighbour(tmp_path):
     folder = write_tiny_base(tmp_path)
     before = read_pipeline(folder, "tiny")
@@ -408,48 +330,6 @@ def test_words_no_caption_used_say_nothing_and_are_nobodys_neighbour(tmp_path):
     assert {tokenizer.word(i) for i in np.flatnonzero(words)} == {"photo", "robot", "the", "snow", "house"}
 
 
-def test_batches_are_a_function_of_the_step(task):
-    one, again, other = task.batch(3, slice(0, BATCH)), task.batch(3, slice(0, BATCH)), task.batch(4, slice(0, BATCH))
-    same(one, again)
-    assert not np.array_equal(one["images"], other["images"])
-    seen, wanted = one["latents"], one["wanted"]
-    paired = [not np.array_equal(a, b) for a, b in zip(seen, wanted, strict=True)]
-    assert 0 < sum(paired) < BATCH
-    for concept, latent in zip(one["concepts"], wanted, strict=True):
-        assert any(np.array_equal(latent, view) for view in task.source.latents[concept])
-
-
-def test_a_single_view_per_concept_is_its_own_target(task, pipeline):
-    single = PairSource(*(x[:, :1] for x in task.source))
-    alone = TuningEncoderTask(
-        task.config, task.frozen, single, single, batch_size=BATCH, pairs=1.0, weights=task.weights, seed=0
-    )
-    batch = alone.batch(0, slice(0, BATCH))
-    np.testing.assert_array_equal(batch["latents"], batch["wanted"])
-
-
-def test_training_starts_in_the_midst_of_the_words(task, pipeline, monkeypatch):
-    params = dict(pipeline.encoder.params)
-    monkeypatch.setattr("datencoder_jax.training.tuning_encoder.init_params", lambda *_: params)
-    words = np.asarray(pipeline.base.table)[np.asarray(pipeline.base.words)]
-    midst = (words / np.linalg.norm(words, axis=1, keepdims=True)).mean(axis=0)
-    np.testing.assert_allclose(task.init(jax.random.key(0))["token_head.bias"], midst, atol=1e-6)
-    assert {name: x.shape for name, x in task.init(jax.random.key(0)).items()} == {
-        name: x.shape for name, x in abstract_params(TuningEncoder, task.config).items()
-    }
-
-
-def test_the_norm_of_the_offsets_needs_no_product(pipeline):
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
-
-    offsets = {"a": LowRank(draw(3, 5, 2), draw(3, 2, 7)), "b": LowRank(draw(3, 4, 2), jnp.zeros((3, 2, 4)))}
-    expected = np.mean([np.linalg.norm(o.down @ o.up, axis=(1, 2)) for o in offsets.values()])
-    np.testing.assert_allclose(_offset_norm(Variables(draw(3, 1, 2), offsets)), expected, rtol=1e-5)
-
-
 def denoiser(pipeline):
     ids = pipeline.tokenizer.encode(["a photo of a robot", "a house"] * 4)
     latents = np.zeros((8, 8, 8, 4), np.float16)
@@ -458,14 +338,11 @@ def denoiser(pipeline):
     return DenoiserTask(UNET, ScheduleConfig(), base.text, base.vae, source, ids, ids[:1], batch_size=BATCH)
 
 
-def test_no_key_is_used_twice(pipeline, task):
+def test_no_key_is_used_twice(pipeline):
     key = jax.random.key(0)
-    base, encoder = pipeline.base, pipeline.encoder
+    base = pipeline.base
     vae = VAETask(VAE, Source(pictures(8), [""] * 8, np.arange(8)), None, batch_size=BATCH, kl_weight=1.0)
-    for each, model in ((task, encoder), (sharded(task), encoder), (denoiser(pipeline), base.unet), (vae, base.vae)):
+    for each, model in ((denoiser(pipeline), base.unet), (vae, base.vae)):
         key_reuse.check_key_reuse(
             each.loss, model.params, each.frozen, each.batch(0, slice(0, BATCH)), key, jnp.int32(0)
         )
-    held = task.held_out
-    images, latents, ids = api.to_float(held.images[:, 0]), held.latents[:, 0].astype(np.float32), held.ids[:, 1]
-    key_reuse.check_key_reuse(task._draw, encoder, task.frozen, images, latents, ids, key, jnp.float32(0.5))

@@ -29,7 +29,7 @@ def levels(timesteps: int) -> jax.Array:
 
 def look(
     base: Base,
-    images: jax.Array,
+    images: jax.Array | None,
     latents: jax.Array,
     t: jax.Array,
     noise: jax.Array,
@@ -43,13 +43,14 @@ def look(
         latents: their clean scaled latents `[batch, h, w, c]`, the same number for each picture in turn, noised here to
             `t [batch]` with `noise`.
         empty_ids: token ids of the empty prompt `[1, L]`.
-        states: what `vision_features` says of the pictures, if that is known; then `images` does not matter.
+        states: what `vision_features` says of the pictures, in their place where it is known.
     """
     noisy = add_noise(latents, noise, jnp.asarray(alphas_cumprod(base.schedule))[t])
     empty = base.condition(empty_ids)
     empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), empty)
     added = base.added(noisy, empty.pooled)
     if states is None:
+        assert images is not None
         states = vision_features(base.eyes, base.vision_input(images))
     return extract(states, base.unet, noisy, t, empty.context, added)
 

@@ -57,7 +57,10 @@ class Posterior(NamedTuple):
 
     def sample(self, key: jax.Array) -> jax.Array:
         """One draw, shaped as `mean`."""
-        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.at(jax.random.normal(key, self.mean.shape, self.mean.dtype))
+
+    def at(self, noise: jax.Array) -> jax.Array:
+        """The draw that standard normal `noise` stands for."""
         return self.mean + jnp.exp(0.5 * self.log_variance) * noise
 
 
@@ -220,7 +223,10 @@ class AutoencoderKL(nnx.Module):
     def to_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Equation (1): scaled latents, sampled with `key` or at the posterior's mean."""
         posterior = self.encode(images)
-        z = posterior.mean if key is None else posterior.sample(key)
+        return self.scaled(posterior.mean if key is None else posterior.sample(key))
+
+    def scaled(self, z: jax.Array) -> jax.Array:
+        """Unscaled latents -> what the UNet knows."""
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def to_images(self, latents: jax.Array) -> jax.Array:

@@ -1,38 +1,51 @@
-"""From a recipe to a pretrained tuning-encoder on the embedded world."""
+"""From a recipe to a pretrained tuning-encoder: on pairs of the embedded world, or on pictures from anywhere."""
 
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
-from tqdm import tqdm
 
 from datencoder_jax.checkpoints.encoder_folder import write_encoder
 from datencoder_jax.checkpoints.hub import resolve_base
 from datencoder_jax.checkpoints.weights import read_params
 from datencoder_jax.encoder.features import denoiser_features, tapped_layers
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
+from datencoder_jax.errors import UserError
+from datencoder_jax.loading import on_host
 from datencoder_jax.models.module import Model, abstract_params
-from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline
-from datencoder_jax.prompts import TEMPLATE
-from datencoder_jax.toyworld.captions import prompt_for
-from datencoder_jax.toyworld.dataset import render_batch
-from datencoder_jax.toyworld.world import CLASSES, HELD_OUT, SPLITS, Draws, sample_context
+from datencoder_jax.pipeline import Base, Pipeline, attention_shapes, read_pipeline, with_vision
+from datencoder_jax.toyworld.world import CLASSES, HELD_OUT
 from datencoder_jax.training.loop import fit
-from datencoder_jax.training.tuning_encoder import Frozen, PairSource, TuningEncoderTask, Weights
-from datencoder_jax.training.vae import encode_latents
+from datencoder_jax.training.mesh import make_mesh
+from datencoder_jax.training.pairs import TOKEN, concept_views
+from datencoder_jax.training.sources import open_source
+from datencoder_jax.training.templates import TEMPLATES
+from datencoder_jax.training.tuning_encoder import Data, Frozen, Previews, TuningEncoderTask, Weights
 
-TOKEN = "S*"
+if TYPE_CHECKING:
+    from datencoder_jax.data.feed import Feed
+
+DESCRIPTION = "encoder.json"
+"""In the work folder: configuration and base model of the encoder that its checkpoints are of."""
 
 
 def encoder_config(pipeline: Pipeline, **sizes) -> EncoderConfig:
     """The configuration of an encoder for a base model: what it reads and fills is the model's, the sizes are given."""
     base = pipeline.base
+    return _encoder_config(base, pipeline.tokenizer.length, float(base.word_norm), **sizes)
+
+
+def _encoder_config(base: Base, length: int, norm: float, **sizes) -> EncoderConfig:
     vision = base.eyes.config
     side, channels = base.unet.config.sample_size, base.unet.config.in_channels
+    embedding_dim = sum(base.widths)
     latents = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    context = jax.ShapeDtypeStruct((1, pipeline.tokenizer.length, base.table.shape[1]), jnp.float32)
+    context = jax.ShapeDtypeStruct((1, length, base.unet.config.cross_attention_dim), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     width = base.unet.config.pooled_width
     added = jax.eval_shape(base.added, latents, jax.ShapeDtypeStruct((1, width), jnp.float32)) if width else None
@@ -41,61 +54,162 @@ def encoder_config(pipeline: Pipeline, **sizes) -> EncoderConfig:
         vision_width=vision.hidden_size,
         vision_taps=len(tapped_layers(vision.num_hidden_layers)),
         denoiser_width=pooled.shape[1],
-        embedding_dim=base.table.shape[1],
+        embedding_dim=embedding_dim,
         inventory=tuple((path, *shape) for path, shape in attention_shapes(base.unet).items()),
-        reference_norm=float(base.word_norm),
+        reference_norm=norm,
         **sizes,
     )
 
 
-def concept_views(pipeline: Pipeline, split: str, data, seed: int, classes: tuple[str, ...] = CLASSES) -> PairSource:
-    """Draws `data.concepts` instances of `classes` in `data.views` contexts each.
+@dataclass(frozen=True)
+class Pictures:
+    """Batches of pictures from a feed; see `training.tuning_encoder.Data`."""
 
-    A view's prompt names its context, or, for a share `data.template_share`, is the tuning template.
+    feed: "Feed"
+
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        return self.feed.batch(step, rows)
+
+    def report(self) -> dict[str, int]:
+        return self.feed.report()
+
+    @cached_property
+    def identity(self) -> str:
+        return self.feed.identity
+
+
+def picture_feed(config, base: Base, *, batch_size: int, seed: int) -> "Feed":
+    """The pictures of a recipe's `data` sections, in the sizes that VAE and vision tower see."""
+    from datencoder_jax.data.feed import Feed  # with grain, which only pretraining needs
+
+    sections = tuple(config.data)
+    return Feed(
+        [open_source(section) for section in sections],
+        [float(section.get("weight", 1.0)) for section in sections],
+        batch_size=batch_size,
+        seed=seed,
+        resolution=config.resolution,
+        vision_size=base.eyes.config.image_size,
+        templates=len(TEMPLATES),
+        **config.augment,
+    )
+
+
+def train_encoder(config, workdir: Path, **options) -> None:
+    """Pretrains the tuning-encoder of `config.model` and writes it to `config.output`.
+
+    Args:
+        options: as for `training.loop.fit`.
     """
-    ids = [i for i in SPLITS[split] if CLASSES[i % len(CLASSES)] in classes]
-    chosen = np.random.default_rng(seed).choice(ids, size=data.concepts, replace=False)
-    images, prompts = [], []
-    for concept in tqdm(chosen, desc=f"rendering {split}", disable=len(chosen) < 1000):
-        draws = Draws(int(concept), seed, count=256)
-        contexts = [sample_context(draws, flat=data.flat) for _ in range(data.views)]
-        seeds = [int(draws.random() * 2**31) for _ in contexts]
-        images.append(render_batch([int(concept)] * data.views, contexts, seeds))
-        plain = [draws.random() < data.template_share for _ in contexts]
-        prompts += [TEMPLATE.format(TOKEN) if p else prompt_for(c, TOKEN) for p, c in zip(plain, contexts, strict=True)]
-    pictures = np.stack(images)
-    latents = encode_latents(pipeline.base.vae, pictures.reshape(-1, *pictures.shape[2:]))
-    shape = (data.concepts, data.views)
-    tokens = pipeline.tokenizer.encode(prompts, {TOKEN: 1})
-    return PairSource(pictures, latents.reshape(*shape, *latents.shape[1:]), tokens.reshape(*shape, -1))
+    if config.batch_size % (config.accumulate * (size := make_mesh(config.mesh).size)):
+        raise UserError(
+            f"a batch of {config.batch_size} cannot be taken in {config.accumulate} parts by {size} devices; "
+            "set batch_size or accumulate"
+        )
+    pipeline = _read_base(config)
+    pairs = "concepts" in config.data
+    data, previews = (_pairs if pairs else _pictures)(config, pipeline)
+    sizes = encoder_config(pipeline, **config.encoder)
+    tokenizer, mesh = pipeline.tokenizer, make_mesh(config.mesh)
+    task = TuningEncoderTask(
+        sizes,
+        Frozen(
+            pipeline.base,
+            tokenizer.encode([""]),
+            tokenizer.encode([template.format(TOKEN) for template in TEMPLATES], {TOKEN: 1}),
+        ),
+        data,
+        previews,
+        batch_size=config.batch_size,
+        weights=Weights(**config.weights),
+        accumulate=config.accumulate,
+        remat=config.remat,
+        mesh=mesh if mesh.size > 1 else None,
+        identity={"base": pipeline.fingerprint, "data": data.identity},
+    )
+    initial = None
+    if config.initial:
+        initial = read_params(Path(config.initial), abstract_params(TuningEncoder, sizes))
+    describe(workdir, sizes, pipeline.fingerprint)
+    params = fit(task, config, workdir, initial=initial, **options)
+    if jax.process_index() == 0:
+        write_encoder(config.output or workdir / "encoder", Model(TuningEncoder, sizes, params), pipeline.fingerprint)
 
 
-def train_encoder(config, workdir: Path) -> None:
-    """Pretrains the tuning-encoder of `config.model` and writes it to `config.output`."""
-    pipeline = read_pipeline(resolve_base(config.model), str(config.model))
+def describe(workdir: Path, config: EncoderConfig, fingerprint: str) -> None:
+    """Notes in the work folder what the checkpoints in it are of, so that they can be exported without the model."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = {"base_fingerprint": fingerprint, **config.to_dict()}
+        (workdir / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_base(config) -> Pipeline:
+    """The base model in the machine's memory: the loop places each part once, where it belongs."""
+    with on_host():
+        pipeline = read_pipeline(resolve_base(config.model), str(config.model), dtype=config.dtype)
+        if config.vision:
+            pipeline = with_vision(pipeline, config.vision, dtype=config.dtype)
+    return replace(pipeline, base=jax.device_get(pipeline.base))
+
+
+def _pairs(config, pipeline: Pipeline) -> tuple[Data, Previews]:
     seen = tuple(name for name in CLASSES if name not in HELD_OUT)
     source = concept_views(pipeline, "train", config.data, config.seed, seen)
     few = config.data.copy_and_resolve_references()
     few.concepts = min(32, config.data.concepts)
     few.template_share = 0.0
     held_out = concept_views(pipeline, "validation", few, 0)
-    sizes = encoder_config(pipeline, **config.encoder)
-    mesh = None
-    if jax.device_count() > 1:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return replace(source, batch_size=config.batch_size, share=config.pairs, seed=config.seed), held_out.previews(32)
+
+
+def _pictures(config, pipeline: Pipeline) -> tuple[Data, Previews]:
+    feed = picture_feed(config, pipeline.base, batch_size=config.batch_size, seed=config.seed)
+    few = picture_feed(config, pipeline.base, batch_size=config.previews, seed=config.seed + 1)
+    images = few.batch(0, slice(0, config.previews))["images"]
+    ids = pipeline.tokenizer.encode([TEMPLATES[0].format(TOKEN)] * len(images), {TOKEN: 1})
+    return Pictures(feed), Previews(images, ids, images)
+
+
+def abstract_task(
+    config, base: Base, mesh: jax.sharding.Mesh, length: int = 77
+) -> tuple[TuningEncoderTask, dict[str, jax.ShapeDtypeStruct]]:
+    """The task of a recipe on shapes alone, and the shapes of a global batch: for compiling without weights or data.
+
+    Args:
+        base: a base model of `jax.ShapeDtypeStruct`s with a vision tower.
+        mesh: of the devices it is compiled for.
+        length: tokens of a prompt.
+    """
+    sizes = _encoder_config(base, length, 1.0, **config.encoder)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    templates = jax.ShapeDtypeStruct((len(TEMPLATES), length), jnp.int32)
     task = TuningEncoderTask(
         sizes,
-        Frozen(pipeline.base, jnp.asarray(pipeline.tokenizer.encode([""]))),
-        source,
-        held_out,
+        Frozen(base, ids, templates),
+        _Nothing(),
+        None,
         batch_size=config.batch_size,
-        pairs=config.pairs,
         weights=Weights(**config.weights),
-        seed=config.seed,
-        mesh=mesh,
+        accumulate=config.accumulate,
+        remat=config.remat,
+        mesh=mesh if mesh.size > 1 else None,
     )
-    initial = None
-    if config.initial:
-        initial = jax.device_put(read_params(Path(config.initial), abstract_params(TuningEncoder, sizes)))
-    params = fit(task, config, workdir, initial=initial)
-    write_encoder(config.output, Model(TuningEncoder, sizes, params), pipeline.fingerprint)
+    count, side, seen = config.batch_size, config.resolution, base.eyes.config.image_size
+    batch = {
+        "images": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
+        "vision": jax.ShapeDtypeStruct((count, seen, seen, 3), jnp.uint8),
+        "concepts": jax.ShapeDtypeStruct((count,), jnp.int32),
+        "templates": jax.ShapeDtypeStruct((count,), jnp.int32),
+    }
+    return task, batch
+
+
+class _Nothing:
+    """Data of a task that is compiled and not run."""
+
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def report(self) -> dict[str, int]:
+        return {}

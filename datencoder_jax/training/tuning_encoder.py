@@ -8,7 +8,8 @@ placeholder in the concept's place,
     L      = L_den + lambda_c L_c + lambda_n L_n                          per example, mean last         (1)
 
 with the capped weight `w` of `diffusion.schedule.snr_weight`, the nearest-neighbour contrastive loss `L_c` over the
-global batch and the norm penalty `L_n` (arXiv 2307.06925, section 3; the weights are ours). With photographs `I' = I`.
+global batch, whose weight grows over its first steps, and the norm penalty `L_n` (arXiv 2307.06925, section 3; the
+weights are ours). With photographs `I' = I`, and `p'` is one of the templates of Textual Inversion.
 The embedded world can draw a concept again, so a share `pairs` of its samples has `I'` in another scene, style or pose
 (ours): what the encoder keeps is then what the concept keeps. Also ours:
 
@@ -19,7 +20,7 @@ The embedded world can draw a concept again, so a share `pairs` of its samples h
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,45 +30,97 @@ from datencoder_jax.data.images import to_float, write_grid
 from datencoder_jax.diffusion.samplers import ddim
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, snr_weight, stratified_timesteps, target
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
-from datencoder_jax.methods.datencoder import levels, predict_each
+from datencoder_jax.methods.datencoder import levels, look, predict_each
 from datencoder_jax.models.module import Model, init_params
+from datencoder_jax.models.vae import Posterior, pictures_at_once
 from datencoder_jax.objectives.contrastive import contrastive_dense, contrastive_ring, nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
 from datencoder_jax.pipeline import Base
 from datencoder_jax.sampling import Request, decode, sample_latents
-from datencoder_jax.typing import Variables
+from datencoder_jax.training import accumulation
+from datencoder_jax.training.accumulation import CoupledLoss
+from datencoder_jax.typing import Features, Params, Variables
 
 
 class Frozen(NamedTuple):
-    """What the loss reads and does not train."""
+    """What the loss reads and does not train.
+
+    Attributes:
+        base: the base model.
+        empty_ids: of the empty prompt `[1, L]`.
+        templates: token ids of the prompts for pictures that have none of their own, `[templates, L]`.
+    """
 
     base: Base
     empty_ids: jax.Array
+    templates: jax.Array
 
 
-class PairSource(NamedTuple):
-    """Pictures of concepts, several per concept.
+class Data(Protocol):
+    """Batches for the task.
+
+    A batch has `concepts` int32 `[b]`, equal for pictures of one concept; token ids of prompts with the placeholder
+    (the id after the vocabulary), `ids [b, L]`, or else `templates` int32 `[b]`, rows of `Frozen.templates`; and
+
+        pictures of `I`   images uint8 [b, H, W, 3], and vision uint8 [b, S, S, 3], the vision tower's view, if apart;
+                          or its states classes [b, taps, d] and patches [b, P, d]
+        latents           latents of I and wanted of I', scaled [b, h, w, c]; or moments [b, h, w, 2c] of I, mean and
+                          log variance of the VAE's posterior; or else they are made from images
+    """
+
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        """Rows of a step's global batch, a pure function of the step."""
+        ...
+
+    def report(self) -> dict[str, int]:
+        """What was left out so far, by reason."""
+        ...
+
+
+class Previews(NamedTuple):
+    """Concepts that samples are drawn of while training.
 
     Attributes:
-        images: uint8 `[concepts, views, H, W, 3]`.
-        latents: scaled, float16 `[concepts, views, h, w, c]`.
-        ids: token ids of each view's prompt with the placeholder (the id after the vocabulary), `[concepts, views, L]`.
+        images: uint8 `[n, H, W, 3]`.
+        ids: of the prompts to draw, with the placeholder, `[n, L]`.
+        truth: what `ids` describe, uint8 `[n, H, W, 3]`; the pictures themselves where that is not known.
     """
 
     images: np.ndarray
-    latents: np.ndarray
     ids: np.ndarray
+    truth: np.ndarray
 
 
 class Weights(NamedTuple):
-    """Of the losses, and `gamma` of the weight over noise levels (`diffusion.schedule.snr_weight`)."""
+    """Of the losses, and `gamma` of the weight over noise levels (`diffusion.schedule.snr_weight`).
+
+    The contrastive loss has its full weight after `contrastive_warmup` steps.
+    """
 
     contrastive: float
     norm: float
     temperature: float
     neighbours: int
     gamma: float
+    contrastive_warmup: int = 0
+
+
+class Inputs(NamedTuple):
+    """What a sample's loss is computed from, an axis for the samples first: all that is not trained.
+
+    Attributes:
+        features: what the encoder sees.
+        noisy, t, target, weight: `z'_t'`, `t'`, what is to be predicted, and `w(t')`.
+        ids: of `p'`.
+    """
+
+    features: Features
+    noisy: jax.Array
+    t: jax.Array
+    target: jax.Array
+    weight: jax.Array
+    ids: jax.Array
 
 
 class TuningEncoderTask:
@@ -76,97 +129,135 @@ class TuningEncoderTask:
     Args:
         config: of the encoder.
         frozen: the base model.
-        source, held_out: pictures; `held_out` is for previews.
-        pairs: share of samples whose target is another view of the concept.
-        mesh: shards the contrastive loss over its `data` axis; None computes it densely.
+        data: what is trained on.
+        previews: what samples are drawn of.
+        accumulate: how many parts a batch is taken in.
+        remat: recompute the UNet's inner states for the gradient.
+        mesh: shards the contrastive loss over all its axes; None computes it densely.
+        identity: names base model and data in checkpoints.
     """
 
     def __init__(
         self,
         config: EncoderConfig,
         frozen: Frozen,
-        source: PairSource,
-        held_out: PairSource,
+        data: Data,
+        previews: Previews | None,
         *,
         batch_size: int,
-        pairs: float,
         weights: Weights,
-        seed: int,
+        accumulate: int = 1,
+        remat: bool = False,
         mesh: jax.sharding.Mesh | None = None,
+        identity: dict[str, str] | None = None,
     ):
-        self.config, self.frozen, self.source, self.held_out = config, frozen, source, held_out
-        self.batch_size, self.pairs, self.weights, self.seed, self.mesh = batch_size, pairs, weights, seed, mesh
+        self.config, self.frozen, self.data, self.previews = config, frozen, data, previews
+        self.batch_size, self.weights, self.accumulate, self.remat = batch_size, weights, accumulate, remat
+        self.mesh, self.identity = mesh, identity or {}
         self._drawer = jax.jit(self._draw)  # here, since a method that is jitted anew is compiled anew
 
-    def init(self, key: jax.Array):
+    def init(self, key: jax.Array) -> Params:
         params = init_params(TuningEncoder, self.config, key)
         base = self.frozen.base
         # v* starts as near to one word as to any other: at the mean of their directions.
-        lengths = jnp.maximum(jnp.linalg.norm(base.table, axis=-1, keepdims=True), 1e-12)
-        return params | {"token_head.bias": jnp.mean(base.table / lengths, axis=0, where=base.words[:, None])}
+        table = jnp.asarray(base.table).astype(jnp.float32)
+        lengths = jnp.maximum(jnp.linalg.norm(table, axis=-1, keepdims=True), 1e-12)
+        return params | {"token_head.bias": jnp.mean(table / lengths, axis=0, where=base.words[:, None])}
 
     def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
-        draw = np.random.default_rng([self.seed, step])
-        concepts = draw.integers(len(self.source.images), size=self.batch_size)
-        views = self.source.images.shape[1]
-        shown = draw.integers(views, size=self.batch_size)
-        other = (shown + draw.integers(1, max(views, 2), size=self.batch_size)) % views
-        wanted = np.where(draw.random(self.batch_size) < self.pairs, other, shown)
-        concepts, shown, wanted = concepts[rows], shown[rows], wanted[rows]
-        return {
-            "concepts": concepts.astype(np.int32),
-            "images": self.source.images[concepts, shown],
-            "latents": self.source.latents[concepts, shown],
-            "wanted": self.source.latents[concepts, wanted],
-            "ids": self.source.ids[concepts, wanted],
-        }
+        return self.data.batch(step, rows)
 
-    def loss(self, params, frozen: Frozen, batch, key, step):
+    def data_report(self) -> dict[str, int]:
+        return self.data.report()
+
+    def value_and_grad(self, params: Params, frozen: Frozen, batch: dict, key: jax.Array, step: jax.Array):
+        """`(L, values to log), gradient` of equation (1)."""
         base, weights = frozen.base, self.weights
-        encoder = Model(TuningEncoder, self.config, params)
-        t_key, level_key, seen_key, noise_key = jax.random.split(key, 4)
-        count, timesteps = len(batch["images"]), base.schedule.num_train_timesteps
-        t = stratified_timesteps(t_key, count, timesteps)
-        latents, wanted = batch["latents"].astype(jnp.float32), batch["wanted"].astype(jnp.float32)
-        seen_t = jnp.broadcast_to(jax.random.choice(level_key, levels(timesteps)), count)
-        seen_noise = jnp.broadcast_to(jax.random.normal(seen_key, latents.shape[1:])[None], latents.shape)
-        variables = predict_each(
-            encoder, base, to_float(batch["images"]), latents, seen_t, seen_noise, frozen.empty_ids
+        warmth = jnp.minimum(1.0, (step + 1).astype(jnp.float32) / max(weights.contrastive_warmup, 1))
+
+        def coupled(v: jax.Array, samples: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+            contrast = self._contrastive(v, samples["concepts"], base)
+            words, _ = nearest_words(v, base.table, base.words, 1)
+            values = {
+                "contrastive": contrast.mean(),
+                "words": _distinct(words[:, 0]),
+                "concept_cosine": _mean_cosine(v),
+            }
+            return weights.contrastive * warmth * contrast, values
+
+        loss = CoupledLoss(
+            prepare=lambda samples: self._inputs(frozen, samples),
+            predict=lambda params, inputs: Model(TuningEncoder, self.config, params)(inputs.features),
+            vectors=lambda variables: variables.embeddings[:, 0],
+            each=lambda variables, inputs: self._each(base, variables, inputs),
+            coupled=coupled,
+        )
+        return accumulation.value_and_grad(loss, params, self._drawn(base, batch, key), self.accumulate)
+
+    def _drawn(self, base: Base, batch: dict, key: jax.Array) -> dict[str, jax.Array]:
+        """The batch with all that is random: timesteps and noises, and of pictures the latents' own."""
+        t_key, level_key, seen_key, noise_key, latent_key = jax.random.split(key, 5)
+        count, timesteps = len(batch["concepts"]), base.schedule.num_train_timesteps
+        shape = _latent_shape(base, batch)
+        drawn = {
+            "t": stratified_timesteps(t_key, count, timesteps),
+            "noise": jax.random.normal(noise_key, (count, *shape)),
+            "seen_t": jnp.broadcast_to(jax.random.choice(level_key, levels(timesteps)), count),
+            "seen_noise": jnp.broadcast_to(jax.random.normal(seen_key, shape)[None], (count, *shape)),
+        }
+        if "latents" not in batch:
+            drawn["latent_noise"] = jax.random.normal(latent_key, (count, *shape))
+        return batch | drawn
+
+    def _inputs(self, frozen: Frozen, samples: dict[str, jax.Array]) -> Inputs:
+        base = frozen.base
+        latents = _latents(base, samples)
+        wanted = samples.get("wanted", latents).astype(jnp.float32)
+        if "classes" in samples:
+            pictures, states = None, (samples["classes"], samples["patches"])
+        else:
+            pictures, states = to_float(samples["vision"] if "vision" in samples else samples["images"]), None
+        features = look(base, pictures, latents, samples["seen_t"], samples["seen_noise"], frozen.empty_ids, states)
+        alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[samples["t"]]
+        kind = base.schedule.prediction_type
+        return jax.lax.stop_gradient(
+            Inputs(
+                features=features,
+                noisy=add_noise(wanted, samples["noise"], alpha_bar),
+                t=samples["t"],
+                target=target(wanted, samples["noise"], alpha_bar, kind),
+                weight=snr_weight(alpha_bar, self.weights.gamma, kind),
+                ids=samples["ids"] if "ids" in samples else frozen.templates[samples["templates"]],
+            )
         )
 
+    def _each(self, base: Base, variables: Variables, inputs: Inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The losses that a sample has by itself, `[b]`, and values to log."""
         v = variables.embeddings[:, 0]
         words, nearest = nearest_words(v, base.table, base.words, 1)
-        noise = jax.random.normal(noise_key, wanted.shape)
-        alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[t]
-        prediction = self._denoise(variables, words, base, add_noise(wanted, noise, alpha_bar), t, batch["ids"])
-        kind = base.schedule.prediction_type
-        error = denoising_loss(prediction, target(wanted, noise, alpha_bar, kind))
-        denoise = snr_weight(alpha_bar, weights.gamma, kind) * error
-
-        contrast = self._contrastive(v, batch["concepts"], base)
+        error = denoising_loss(self._denoise(variables, words, base, inputs), inputs.target)
+        denoise = inputs.weight * error
         penalty = norm_penalty(v, base.word_norm)
-        total = denoise + weights.contrastive * contrast + weights.norm * penalty
-        return total.mean(), {
-            "denoise": denoise.mean(),
-            "contrastive": contrast.mean(),
-            "nearest_cosine": nearest.mean(),
-            "words": _distinct(words[:, 0]),
-            "concept_cosine": _mean_cosine(v),
-            "norm": jnp.sqrt(penalty).mean(),
+        values = {
+            "denoise": denoise,
+            "nearest_cosine": nearest[:, 0],
+            "norm": jnp.sqrt(penalty),
             "offset_norm": _offset_norm(variables),
         }
+        return denoise + self.weights.norm * penalty, values
 
-    def _denoise(self, variables: Variables, words: jax.Array, base: Base, noisy, t, ids):
-        """The dual-path prediction for every sample under its own prompt, variables and nearest word `[batch, 1]`."""
+    def _denoise(self, variables: Variables, words: jax.Array, base: Base, inputs: Inputs) -> jax.Array:
+        """The dual-path prediction for every sample under its own prompt, variables and nearest word `[b, 1]`."""
         soft = variables.embeddings
         hard = soft + jax.lax.stop_gradient(base.table[words].astype(soft.dtype) - soft)
         return base.denoise(
-            noisy,
-            t,
-            base.condition(ids, soft),
-            hard=base.condition(ids, hard),
+            inputs.noisy,
+            inputs.t,
+            base.condition(inputs.ids, soft),
+            hard=base.condition(inputs.ids, hard),
             offsets=variables.offsets,
             blend=self.config.blend,
+            remat=self.remat,
         )
 
     def _contrastive(self, v: jax.Array, concepts: jax.Array, base: Base) -> jax.Array:
@@ -174,30 +265,32 @@ class TuningEncoderTask:
         mask = jnp.ones(len(v), bool)
         if self.mesh is None:
             return contrastive_dense(v, concepts, mask, base.table, base.words, **options)
-        return contrastive_ring(v, concepts, mask, base.table, base.words, mesh=self.mesh, **options)
+        axes = self.mesh.axis_names
+        return contrastive_ring(v, concepts, mask, base.table, base.words, mesh=self.mesh, axis=axes, **options)
 
-    def preview(self, params, path: Path) -> dict[str, float]:
-        """Rows of input, base model under the nearest word, encoder alone, truth: for every held-out concept."""
+    def preview(self, params: Params, path: Path) -> dict[str, float]:
+        """Rows of input, base model under the nearest word, encoder alone, truth: for every preview."""
+        assert self.previews is not None
+        images, ids, truth = self.previews
         encoder = Model(TuningEncoder, self.config, params)
-        held = PairSource(*(x[:32] for x in self.held_out))
-        second = min(1, held.images.shape[1] - 1)
-        images, latents, ids = held.images[:, 0], held.latents[:, 0].astype(np.float32), held.ids[:, second]
-        shown = (encoder, self.frozen, to_float(images), latents, ids, jax.random.key(0))
+        shown = (encoder, self.frozen, images, ids, jax.random.key(0))
         drawn = [np.asarray(self._drawer(*shown, jnp.float32(blend))) for blend in (0.0, self.config.blend)]
-        rows = np.stack([images, *drawn, held.images[:, second]], axis=1)
-        write_grid(path, rows.reshape(-1, *images.shape[1:]), columns=16, scale=3)
-        truth = to_float(held.images[:, second])
+        rows = np.stack([images, *drawn, truth], axis=1)
+        write_grid(path, rows.reshape(-1, *images.shape[1:]), columns=16, scale=max(1, 96 // images.shape[1]))
         return {
-            name: float(jnp.square(to_float(x) - truth).mean())
+            name: float(jnp.square(to_float(x) - to_float(truth)).mean())
             for name, x in zip(("vanilla", "encoder"), drawn, strict=True)
         }
 
-    def _draw(self, encoder, frozen: Frozen, images, latents, ids, key, blend):
+    def _draw(self, encoder: Model, frozen: Frozen, images, ids, key, blend) -> jax.Array:
         base, count = frozen.base, len(images)
         seen_key, noise_key = jax.random.split(key)
+        vae, pictures = base.vae.bind(), to_float(images)
+        at_once = min(pictures_at_once(*images.shape[1:3]), count)
+        latents = jax.lax.map(lambda x: vae.to_latents(x[None])[0], pictures, batch_size=at_once)
         t = jnp.broadcast_to(levels(base.schedule.num_train_timesteps)[1], count)
         seen_noise = jax.random.normal(seen_key, latents.shape)
-        variables = predict_each(encoder, base, images, latents, t, seen_noise, frozen.empty_ids)
+        variables = predict_each(encoder, base, pictures, latents, t, seen_noise, frozen.empty_ids)
         words, _ = nearest_words(variables.embeddings[:, 0], base.table, base.words, 1)
         hard_ids = jnp.where(ids >= base.table.shape[0], words, ids)
         noise = jax.random.normal(noise_key, latents.shape)
@@ -206,6 +299,29 @@ class TuningEncoderTask:
         request = Request(ids, hard_ids, frozen.empty_ids, noise, jnp.float32(3.0), blend)
         z = sample_latents(base, ddim(base.schedule, 20), request, Variables(variables.embeddings, doubled))
         return decode(base, z)
+
+
+def _latent_shape(base: Base, batch: dict[str, Any]) -> tuple[int, int, int]:
+    """`h, w, c` of a batch's latents."""
+    if "latents" in batch:
+        return batch["latents"].shape[1:]
+    if "moments" in batch:
+        *sides, channels = batch["moments"].shape[1:]
+        return (*sides, channels // 2)
+    height, width = (side // base.vae.config.factor for side in batch["images"].shape[1:3])
+    return height, width, base.vae.config.latent_channels
+
+
+def _latents(base: Base, samples: dict[str, jax.Array]) -> jax.Array:
+    """Scaled latents of the samples' pictures, float32 `[b, h, w, c]`."""
+    if "latents" in samples:
+        return samples["latents"].astype(jnp.float32)
+    vae = base.vae.bind()
+    if "moments" in samples:
+        posterior = Posterior(*jnp.split(samples["moments"].astype(jnp.float32), 2, axis=-1))
+    else:
+        posterior = vae.encode(to_float(samples["images"]))
+    return vae.scaled(posterior.at(samples["latent_noise"])).astype(jnp.float32)
 
 
 def _mean_cosine(v: jax.Array) -> jax.Array:
@@ -222,10 +338,10 @@ def _distinct(words: jax.Array) -> jax.Array:
 
 
 def _offset_norm(variables: Variables) -> jax.Array:
-    """Mean Frobenius norm of `A B` over samples and projections, as `|A B|^2 = sum (A'A)(B B')`: no product formed."""
+    """Mean Frobenius norm of `A B` over projections, `[b]`, as `|A B|^2 = sum (A'A)(B B')`: no product is formed."""
 
     def norm(down, up):
         grams = jnp.einsum("bir,bis->brs", down, down), jnp.einsum("brj,bsj->brs", up, up)
-        return jnp.sqrt(jnp.maximum((grams[0] * grams[1]).sum(axis=(1, 2)), 0.0)).mean()
+        return jnp.sqrt(jnp.maximum((grams[0] * grams[1]).sum(axis=(1, 2)), 0.0))
 
-    return jnp.stack([norm(*offset) for offset in variables.offsets.values()]).mean()
+    return jnp.stack([norm(*offset) for offset in variables.offsets.values()]).mean(axis=0)

@@ -1,0 +1,88 @@
+"""Pairs of pictures of one concept, which only a world that can be drawn again has: the embedded one."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from datencoder_jax.pipeline import Pipeline
+from datencoder_jax.prompts import TEMPLATE
+from datencoder_jax.toyworld.captions import prompt_for
+from datencoder_jax.toyworld.dataset import render_batch
+from datencoder_jax.toyworld.world import CLASSES, SPLITS, Draws, sample_context
+from datencoder_jax.training.tuning_encoder import Previews
+from datencoder_jax.training.vae import encode_latents
+
+TOKEN = "S*"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures of concepts, several per concept, in memory; see `training.tuning_encoder.Data`.
+
+    Attributes:
+        images: uint8 `[concepts, views, H, W, 3]`.
+        latents: scaled, float16 `[concepts, views, h, w, c]`.
+        ids: token ids of each view's prompt with the placeholder (the id after the vocabulary), `[concepts, views, L]`.
+        batch_size: of the global batch.
+        share: of samples whose target is another view of the concept.
+        seed: of what is drawn.
+    """
+
+    images: np.ndarray
+    latents: np.ndarray
+    ids: np.ndarray
+    batch_size: int = 1
+    share: float = 0.0
+    seed: int = 0
+
+    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        draw = np.random.default_rng([self.seed, step])
+        concepts = draw.integers(len(self.images), size=self.batch_size)
+        views = self.images.shape[1]
+        shown = draw.integers(views, size=self.batch_size)
+        other = (shown + draw.integers(1, max(views, 2), size=self.batch_size)) % views
+        wanted = np.where(draw.random(self.batch_size) < self.share, other, shown)
+        concepts, shown, wanted = concepts[rows], shown[rows], wanted[rows]
+        return {
+            "concepts": concepts.astype(np.int32),
+            "images": self.images[concepts, shown],
+            "latents": self.latents[concepts, shown],
+            "wanted": self.latents[concepts, wanted],
+            "ids": self.ids[concepts, wanted],
+        }
+
+    def report(self) -> dict[str, int]:
+        return {}
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(self.images.tobytes() + self.ids.tobytes()).hexdigest()[:16]
+
+    def previews(self, count: int) -> Previews:
+        """The first concepts, each to be drawn as its second view shows it."""
+        second = min(1, self.images.shape[1] - 1)
+        return Previews(self.images[:count, 0], self.ids[:count, second], self.images[:count, second])
+
+
+def concept_views(pipeline: Pipeline, split: str, data, seed: int, classes: tuple[str, ...] = CLASSES) -> Pairs:
+    """Draws `data.concepts` instances of `classes` in `data.views` contexts each.
+
+    A view's prompt names its context, or, for a share `data.template_share`, is the tuning template.
+    """
+    ids = [i for i in SPLITS[split] if CLASSES[i % len(CLASSES)] in classes]
+    chosen = np.random.default_rng(seed).choice(ids, size=data.concepts, replace=False)
+    images, prompts = [], []
+    for concept in tqdm(chosen, desc=f"rendering {split}", disable=len(chosen) < 1000):
+        draws = Draws(int(concept), seed, count=256)
+        contexts = [sample_context(draws, flat=data.flat) for _ in range(data.views)]
+        seeds = [int(draws.random() * 2**31) for _ in contexts]
+        images.append(render_batch([int(concept)] * data.views, contexts, seeds))
+        plain = [draws.random() < data.template_share for _ in contexts]
+        prompts += [TEMPLATE.format(TOKEN) if p else prompt_for(c, TOKEN) for p, c in zip(plain, contexts, strict=True)]
+    pictures = np.stack(images)
+    latents = encode_latents(pipeline.base.vae, pictures.reshape(-1, *pictures.shape[2:]))
+    shape = (data.concepts, data.views)
+    tokens = pipeline.tokenizer.encode(prompts, {TOKEN: 1})
+    return Pairs(pictures, latents.reshape(*shape, *latents.shape[1:]), tokens.reshape(*shape, -1))

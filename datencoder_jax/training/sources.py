@@ -1,0 +1,87 @@
+"""The sources of pictures that a recipe's `data` section names, by their `kind`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datencoder_jax.data.items import Item, Source
+from datencoder_jax.errors import UserError
+from datencoder_jax.toyworld.dataset import sample_item
+from datencoder_jax.toyworld.render import render
+from datencoder_jax.toyworld.world import CLASSES, HELD_OUT, Instance
+
+
+class World:
+    """Inhabitants of the embedded world, drawn when they are asked for; none of the classes kept for tests.
+
+    Args:
+        count: how many pictures.
+        size: their side in pixels.
+        seed: another one gives other pictures.
+        split: of `toyworld.world.SPLITS`.
+    """
+
+    def __init__(self, count: int, size: int = 64, seed: int = 0, split: str = "train"):
+        self.count, self.size, self.seed, self.split = count, size, seed, split
+        self.classes = tuple(name for name in CLASSES if name not in HELD_OUT)
+        self.name, self.report = "the embedded world", {}
+        self.identity = f"world-{split}-{count}-{size}-{seed}"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Item:
+        item = sample_item(self.split, index, self.seed, self.classes)
+        picture = render(Instance.from_id(item.instance_id), item.context, item.seed, self.size)
+        return Item(f"{self.split}:{index}", picture)
+
+
+def _folder(**options: Any) -> Source:
+    from datencoder_jax.data.folder import Folder
+
+    return Folder(**options)
+
+
+def _shards(**options: Any) -> Source:
+    from datencoder_jax.data.shards import Shards
+
+    return Shards(**options)
+
+
+def _tfds(**options: Any) -> Source:
+    from datencoder_jax.data.tfds_source import open_tfds
+
+    return open_tfds(**options)
+
+
+def _records(**options: Any) -> Source:
+    from datencoder_jax.data.records import Records
+
+    return Records(**options)
+
+
+KINDS: dict[str, Callable[..., Source]] = {
+    "folder": _folder,
+    "shards": _shards,
+    "tfds": _tfds,
+    "records": _records,
+    "world": World,
+}
+
+
+def open_source(section: Any) -> Source:
+    """The source that a section such as `{"kind": "shards", "path": "...", "weight": 1.0}` describes.
+
+    Raises:
+        UserError: the kind is not known, an option does not belong to it, or the source cannot be opened.
+    """
+    options = dict(section)
+    options.pop("weight", None)
+    kind = options.pop("kind", None)
+    if kind not in KINDS:
+        raise UserError(f"a source of kind {kind!r} is not known; choose one of: {', '.join(KINDS)}")
+    try:
+        return KINDS[kind](**options)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise UserError(f"the options of a source of kind {kind} do not fit: {error}") from error
