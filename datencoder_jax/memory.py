@@ -51,7 +51,11 @@ def choose(large: bool) -> Memory:
     if jax.default_backend() == "cpu":
         return Memory(draws=4, remat=True, batch=1)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    total = limit / _share() if limit else _ENOUGH
+    return of(limit / _share() if limit else _ENOUGH)
+
+
+def of(total: float) -> Memory:
+    """The settings for a device with so many bytes of memory."""
     if total >= _ENOUGH:
         return Memory()
     # A device of 16 GB has a little less.

@@ -1,0 +1,118 @@
+"""Base models as shapes: the sizes of Stable Diffusion 1.5, 2.1 and XL, or of any diffusers folder; nothing is read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from datencoder_jax.diffusion.schedule import ScheduleConfig
+from datencoder_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from datencoder_jax.models.module import Model, abstract_params
+from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
+from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
+from datencoder_jax.pipeline import Base
+
+_TEXT_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
+_TEXT_H = CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+)
+_TEXT_G = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    hidden_act="gelu",
+    with_projection=True,
+)
+_UNETS = {
+    "1.5": UNetConfig(),
+    "2.1": UNetConfig(
+        sample_size=96, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
+    ),
+    "XL": UNetConfig(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+}
+_TEXTS = {"1.5": (_TEXT_L,), "2.1": (_TEXT_H,), "XL": (_TEXT_L, _TEXT_G)}
+_VAE = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+_VIT_H = CLIPVisionConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    projection_dim=1024,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+    with_projection=True,
+)
+_SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+VERSIONS = tuple(_UNETS)
+"""Of Stable Diffusion."""
+
+
+def stable_diffusion(version: str, dtype: str, *, vision: bool = False) -> Base:
+    """Stable Diffusion of one of `VERSIONS`, stored and computed in `dtype` (XL's VAE computes in float32).
+
+    Args:
+        vision: whether with OpenCLIP's ViT-H/14 as its vision tower.
+    """
+    prediction = "v_prediction" if version == "2.1" else "epsilon"
+    schedule = replace(_SCHEDULE, prediction_type=prediction)
+    return _base(dtype, _UNETS[version], _VAE, _TEXTS[version], _VIT_H if vision else None, schedule)
+
+
+def base_of_folder(path: Path, dtype: str) -> Base:
+    """A base model with the sizes that a diffusers folder's configurations say."""
+
+    def config(name: str, kind: Any) -> Any:
+        return kind.from_dict(json.loads((path / name).read_text("utf-8")))
+
+    second, eyes = path / "text_encoder_2" / "config.json", path / "image_encoder" / "config.json"
+    texts = [config("text_encoder/config.json", CLIPTextConfig)]
+    texts += [config("text_encoder_2/config.json", CLIPTextConfig)] if second.is_file() else []
+    vision = config("image_encoder/config.json", CLIPVisionConfig) if eyes.is_file() else None
+    unet, vae = config("unet/config.json", UNetConfig), config("vae/config.json", VAEConfig)
+    return _base(dtype, unet, vae, texts, vision, config("scheduler/scheduler_config.json", ScheduleConfig))
+
+
+def _base(dtype: str, unet: Any, vae: Any, texts: Any, vision: Any, schedule: ScheduleConfig) -> Base:
+    def model(kind: type, config: Any, compute: str = dtype) -> Any:
+        shapes = abstract_params(kind, config).items()
+        return Model(kind, config, {name: _shape(x.shape, jnp.dtype(dtype)) for name, x in shapes}, compute)
+
+    first, *others = texts
+    return Base(
+        unet=model(UNet2DConditionModel, unet),
+        vae=model(AutoencoderKL, vae, "float32" if others else dtype),
+        text=model(CLIPTextModel, first),
+        text_2=model(CLIPTextModel, others[0]) if others else None,
+        vision=vision and model(CLIPVisionModel, vision),
+        words=_shape((first.vocab_size,), jnp.bool_),
+        word_norm=_shape((), jnp.float32),
+        pixel_mean=_shape((3,), jnp.float32),
+        pixel_std=_shape((3,), jnp.float32),
+        schedule=schedule,
+    )
+
+
+_shape: Any = jax.ShapeDtypeStruct
