@@ -16,6 +16,7 @@ from datencoder_jax.commands.shared import (
     check_unicode,
     common_report,
     given,
+    listed_exports,
     listed_pictures,
     load,
     load_base_of,
@@ -75,7 +76,9 @@ def run(args: Namespace) -> None:
     report |= {"sampler": args.sampler, "sampling_steps": args.sampling_steps, "guidance": made.report["guidance"]}
     report |= {"negative": args.negative}
     report |= common_report(args, pipeline, args.prompts, [made.report], device, started)
-    # Input pictures of an earlier run stay: they belong to the concept beside them.
+    # Input pictures and exported files of an earlier run stay: they belong to the concept beside them.
+    kept = {"input_pictures": listed_pictures(args.out, "input_pictures"), "exported": listed_exports(args.out)}
+    report |= {key: sorted(names) for key, names in kept.items() if names}
     write_run(args.out, report, {}, args.prompts, made.images, listed_pictures(args.out, "pictures"))
 
 

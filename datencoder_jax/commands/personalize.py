@@ -20,13 +20,14 @@ from datencoder_jax.commands.shared import (
     check_unicode,
     common_report,
     given,
+    listed_exports,
     listed_pictures,
     load,
     say,
     write_run,
 )
 from datencoder_jax.data.reading import fit_square, read_image
-from datencoder_jax.data.writing import check_writable
+from datencoder_jax.data.writing import check_writable, write_files
 from datencoder_jax.errors import UserError
 from datencoder_jax.prompts import placeholder
 from datencoder_jax.typing import Concept, LearningRates
@@ -73,7 +74,7 @@ def run(args: Namespace) -> None:
 
     inputs = [fit_square(image, args.resolution or pipeline.resolution) for image in images]
     names = [f"input{'' if index == 0 else f'_{index + 1}'}.png" for index in range(len(inputs))]
-    earlier = listed_pictures(args.out, "pictures", "input_pictures")
+    earlier = listed_pictures(args.out, "pictures", "input_pictures") | listed_exports(args.out)
     with no_empty_folder(args.out):
         # Written before the sampling, so that it is not lost should that fail.
         save_concept(args.out / "concept.safetensors", tuned.concept)
@@ -91,6 +92,7 @@ def run(args: Namespace) -> None:
         "nearest_word": tuned.concept.nearest_word,
         "nearest_words": words,
         "losses": tuned.report["losses"],
+        "exported": [],
     } | common_report(args, pipeline, prompts, [tuned.report, made.report], device, started)
     sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, earlier)
     if kinds is not None:
@@ -105,6 +107,7 @@ def run(args: Namespace) -> None:
             thumbnail=thumbnail(made.images[0, 0]),
             scores=_scores(pipeline, tuned.concept, inputs, prompts, made.images, drawing) if card else None,
         )
+        write_files(args.out, {"report.json": report | {"exported": sorted(files)}})
         say(f"exported {', '.join(sorted(files))}")
 
 

@@ -156,12 +156,23 @@ def _peak_memory() -> dict[str, int | None]:
 
 def listed_pictures(out: Path, *keys: str) -> set[str]:
     """Names of pictures that the report of an earlier run in `out` lists under `keys`; nothing but such names."""
+    return {name for name in _listed(out, keys) if re.fullmatch(r"(\d+_[a-z0-9-]+_\d+|input(_\d+)?)\.png", name)}
+
+
+def listed_exports(out: Path) -> set[str]:
+    """Names of exported files that the report of an earlier run in `out` lists; nothing but such names."""
+    from datencoder_jax.checkpoints.export import exported_files
+
+    return exported_files(out, _listed(out, ["exported"]))
+
+
+def _listed(out: Path, keys: Sequence[str]) -> list[str]:
+    """The names that `report.json` in `out` has under `keys`; whatever they are."""
     try:
         report = json.loads((out / "report.json").read_text("utf-8"))
-        names = [name for key in keys for name in report.get(key, ())]
-        return {name for name in names if re.fullmatch(r"(\d+_[a-z0-9-]+_\d+|input(_\d+)?)\.png", name)}
+        return [str(name) for key in keys for name in report.get(key, ())]
     except (OSError, ValueError, TypeError, AttributeError):  # there is none, or it is not one of ours
-        return set()
+        return []
 
 
 def write_run(
@@ -172,7 +183,7 @@ def write_run(
     images: np.ndarray,
     earlier: set[str],
 ) -> Image.Image:
-    """Writes a run's files, then removes those of the `earlier` run's pictures that are none of its own.
+    """Writes a run's files, then removes those of the `earlier` run's that are none of its own.
 
     Returns:
         The sheet of samples.
@@ -187,7 +198,7 @@ def write_run(
     # The report gets its name last: where it is, everything is.
     write_files(out, {"report.json": report} | inputs | pictures | {"samples.png": sheet})
     for name in earlier - pictures.keys() - inputs.keys():
-        with suppress(OSError):  # the run has succeeded, and its report does not list the picture
+        with suppress(OSError):  # the run has succeeded, and its report does not list the file
             (out / name).unlink(missing_ok=True)
     say(f"wrote {len(pictures)} pictures, samples.png and report.json to {out}")
     return sheet

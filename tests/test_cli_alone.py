@@ -1,0 +1,96 @@
+"""Commands that need no model, help, and output that cannot be written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_helpers import PATH, concept
+from cli_helpers import fails
+
+from datencoder_jax.cli import main
+from datencoder_jax.data.reading import fit_square, read_image
+from datencoder_jax.toyworld.render import render
+from datencoder_jax.toyworld.world import SPLITS, Context, Instance
+
+pytest_plugins = ("cli_fixtures",)
+
+
+def test_toyworld_draws_what_was_asked_for(tmp_path, capsys):
+    id = SPLITS["test"][5]
+    argv = ["toyworld", "--instance", str(id), "--scene", "beach", "--style", "sketch", "--accessory", "hat"]
+    assert main([*argv, "--seed", "4", "--out", str(tmp_path / "a.png")]) == 0
+    drawn = read_image(tmp_path / "a.png")
+    expected = render(Instance.from_id(id), Context("beach", "sketch", "hat"), 4)
+    assert drawn.shape == (256, 256, 3)
+    np.testing.assert_array_equal(fit_square(drawn, 32), expected)
+    assert f"instance {id}" in capsys.readouterr().out
+
+
+def test_toyworld_chooses_among_the_unseen(tmp_path, capsys):
+    def ids(*argv):
+        assert main(["toyworld", *argv, "--out", str(tmp_path / "a.png")]) == 0
+        return int(capsys.readouterr().out.split(":")[0].removeprefix("instance "))
+
+    chosen = [ids("--class", "fish", "--seed", str(seed)) for seed in range(4)]
+    assert len(set(chosen)) == 4 and ids("--class", "fish") == chosen[0]
+    assert all(id in SPLITS["test"] and Instance.from_id(id).cls == "fish" for id in chosen)
+    assert ids() in SPLITS["test"]
+
+
+def test_toyworld_refuses(tmp_path, capsys):
+    out = ["--out", tmp_path / "a.png"]
+    fails(capsys, "invalid choice: 'dog'", "toyworld", "--class", "dog", *out)
+    fails(capsys, "is a house, not a fish", "toyworld", "--instance", "3", "--class", "fish", *out)
+    fails(capsys, "even", "toyworld", "--size", "33", *out)
+    fails(capsys, "too large", "toyworld", "--size", "1024", "--scale", "64", *out)
+    fails(capsys, "--instance", "toyworld", "--instance", "-1", *out)
+    fails(capsys, "must end in .png", "toyworld", "--out", tmp_path / "a.jpg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_info(capsys, concept_file):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("datencoder ", "jax ", "flax ", "device ", "compiled programs", "huggingface"))
+    assert main(["info", concept_file]) == 0
+    out = capsys.readouterr().out
+    base = "toyworld (fingerprint ffffffff)"
+    for expected in ("S*", "gömböc", base, "2 of 12", "1 projections of rank 2", "a b.png"):
+        assert expected in out
+    product = concept().offsets[PATH].down @ concept().offsets[PATH].up
+    assert f"{np.linalg.norm(product):.3g} on average" in out
+
+
+@pytest.mark.parametrize("command", ["", "personalize", "generate", "toyworld", "info"])
+def test_help_has_examples(capsys, command):
+    assert main([*command.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out and f"datencoder {command}" in out
+
+
+def test_help_comes_at_once_and_as_a_module():
+    """No heavy import before a command runs, which is what would make the help slow."""
+    code = (
+        "import runpy, sys; sys.argv = ['datencoder', '--help']\n"
+        "try: runpy.run_module('datencoder_jax', run_name='__main__')\n"
+        "finally: print(sorted({'jax', 'flax', 'transformers', 'PIL'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]" and not result.stderr
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = "import sys; from datencoder_jax.cli import main; sys.exit(main(['--version']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full, a disk that is always full")
+def test_output_to_a_full_device():
+    code = "import sys; from datencoder_jax.cli import main; sys.exit(main(['--version']))"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2 and result.stderr == "error: No space left on device.\n"
