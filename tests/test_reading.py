@@ -1,14 +1,16 @@
 """Pictures from files: every kind is read right, every bad one is refused in a sentence."""
 
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from checkpoint_helpers import refuses
 from PIL import Image, ImageCms
 
-from datencoder_jax.data.reading import fit_square, read_image
+from datencoder_jax.data.reading import DamagedPicture, decode, fit_square, read_image
 from datencoder_jax.data.sheets import labelled_sheet
 from datencoder_jax.toyworld.render import render
 from datencoder_jax.toyworld.world import Context, Instance
@@ -89,6 +91,15 @@ def test_colour_profiles(tmp_path):
     np.testing.assert_array_equal(read_image(save(tmp_path / "b.png", photo(), icc_profile=b"nonsense")), photo())
 
 
+def test_a_profile_is_followed_and_one_that_is_srgb_changes_nothing(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = read_image(save(tmp_path / "a.png", photo(), icc_profile=profile))
+    np.testing.assert_array_equal(same, photo())
+    swapped = profile.replace(b"rXYZ", b"temp").replace(b"gXYZ", b"rXYZ").replace(b"temp", b"gXYZ")
+    other = read_image(save(tmp_path / "b.png", photo(), icc_profile=swapped))
+    np.testing.assert_allclose(other.astype(int), photo()[..., [1, 0, 2]], atol=2)
+
+
 @pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
 def test_the_first_of_several_pictures_is_used_and_said_so(tmp_path, caplog, ending):
     first, *others = (Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue"))
@@ -153,6 +164,36 @@ def test_tiny_pictures_are_refused(tmp_path):
     refuses("only 1x1 pixels; at least 8x8", read_image, save(tmp_path / "a.png", photo(2, 2)[:1, :1].copy()))
     refuses("only 100x7", read_image, save(tmp_path / "b.png", photo(7, 100)))
     assert read_image(save(tmp_path / "c.png", photo(8, 8))).shape == (8, 8, 3)
+
+
+def test_content_is_read_as_files_are(tmp_path):
+    for name, options in (("a.jpg", {"quality": 80}), ("b.png", {}), ("c.webp", {})):
+        path = save(tmp_path / name, photo(), **options)
+        np.testing.assert_array_equal(np.asarray(decode(path.read_bytes(), name)), read_image(path))
+    for content, reason in ((b"", "empty"), (b"text", "no picture"), (path.read_bytes()[:99], "damaged")):
+        with pytest.raises(DamagedPicture, match="shard:7 is") as info:
+            decode(content, "shard:7")
+        assert info.value.reason == reason
+
+
+@pytest.mark.parametrize("least, side", [(0, 160), (161, 160), (81, 160), (80, 80), (40, 40), (21, 40), (3, 20)])
+def test_a_jpeg_may_be_decoded_smaller(tmp_path, least, side):
+    path = save(tmp_path / "a.jpg", photo(160, 320), quality=95)
+    small = decode(path.read_bytes(), "a", least=least)
+    assert small.mode == "RGB" and small.size == (2 * side, side)
+    wanted = Image.fromarray(photo(160, 320)).resize(small.size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(small).astype(int) - np.asarray(wanted)).mean() < 4
+
+
+def test_odd_metadata_is_no_concern_in_several_threads(tmp_path):
+    content = save(tmp_path / "a.png", photo(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05").read_bytes()
+    with pytest.warns(UserWarning, match="EXIF"), Image.open(tmp_path / "a.png") as image:
+        image.getexif()
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:  # here every warning is an error
+        for picture in pool.map(lambda _: decode(content, "a"), range(200)):
+            np.testing.assert_array_equal(np.asarray(picture), photo())
+    assert warnings.filters == before
 
 
 def _chunk(kind, content):

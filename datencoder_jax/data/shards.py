@@ -54,7 +54,7 @@ class Shards:
         self._names = [printable(shard.name) for shard in index.shards]
         folder = root if root.is_dir() else root.parent
         self._files = _Files([folder / shard.name for shard in index.shards])
-        self._report = Counter()
+        self._report, self._damaged_captions = Counter(), set[int]()
         for shard in index.shards:
             self._report.update(shard.report)
         if not len(self._items):
@@ -63,7 +63,6 @@ class Shards:
         for shard in index.shards:
             digest.update(f"{os.fsencode(shard.name).hex()} {shard.digest}\n".encode())
         self.identity = digest.hexdigest()
-        self._damaged_captions: set[int] = set()
 
     @property
     def report(self) -> dict[str, int]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -58,8 +59,15 @@ def made_up(folder: Path, count: int, height: int, width: int) -> Source:
     return Shards(folder, quiet=True)
 
 
-def measure_stages(source: Source, count: int, resolution: int, vision_size: int, repeats: int) -> dict[str, float]:
-    """Milliseconds that each stage takes per picture in one thread, the median of several repeats."""
+class Times(NamedTuple):
+    """Milliseconds per picture: by the clock, and those that a core was busy for this process."""
+
+    clock: float
+    busy: float
+
+
+def measure_stages(source: Source, count: int, resolution: int, vision_size: int, repeats: int) -> dict[str, Times]:
+    """The time that each stage takes in one thread, the median of several repeats."""
     rng = np.random.default_rng(0)
     sizes = (resolution, vision_size)
     items = [(item, draw_crop(rng, 0.8, True)) for item in _good(source, count)]
@@ -84,24 +92,24 @@ def measure_stages(source: Source, count: int, resolution: int, vision_size: int
         "decoding": lambda: [decoded(item, crop) for item, crop in items],
         "cropping and resizing": lambda: [shrink(*each) for each in pictures],
     }
-    return {name: 1000 * _median(stage, repeats) / len(items) for name, stage in stages.items()}
+    return {name: _times(stage, len(items), repeats) for name, stage in stages.items()}
 
 
-def measure_feed(feed: Feed, count: int, threads: int, repeats: int) -> float:
-    """Pictures a second that several threads make into batches, the median of several repeats."""
+def measure_feed(feed: Feed, count: int, threads: int, repeats: int) -> Times:
+    """The time that batches take which several threads make, the median of several repeats."""
     steps = max(count // feed.batch_size, threads)
     with ThreadPoolExecutor(threads) as pool:
-        seconds = _median(lambda: list(pool.map(feed.batch, range(steps))), repeats)
-    return steps * feed.batch_size / seconds
+        return _times(lambda: list(pool.map(feed.batch, range(steps))), steps * feed.batch_size, repeats)
 
 
-def _median(call: Callable[[], object], repeats: int) -> float:
+def _times(call: Callable[[], object], pictures: int, repeats: int) -> Times:
     seconds = []
     for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+        seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    clock, busy = (statistics.median(each) for each in zip(*seconds[1:], strict=True))
+    return Times(1000 * clock / pictures, 1000 * busy / pictures)
 
 
 def _good(source: Source, count: int) -> Iterator[Item]:
@@ -142,16 +150,20 @@ def main(arguments: list[str] | None = None) -> None:
                 vision_size=options.vision_size,
                 min_side=0,
             )
-            rates = {n: measure_feed(feed, options.count, n, options.repeats) for n in sorted({1, *options.threads})}
+            feeds = {n: measure_feed(feed, options.count, n, options.repeats) for n in sorted({1, *options.threads})}
     except UserError as error:
         sys.exit(f"error: {error}")
-    whole = 1000 / rates[1]
-    stages["assembling and the rest"] = whole - sum(stages.values())
+    whole = feeds[1]
+    rest = (each - sum(parts) for each, parts in zip(whole, zip(*stages.values(), strict=True), strict=True))
+    stages["assembling and the rest"] = Times(*rest)
     print(f"{options.path or 'made-up photographs of {} x {} pixels'.format(*options.size)}, {len(source)} pictures")
-    for name, milliseconds in stages.items():
-        print(f"{name:24s} {milliseconds:8.2f} ms  {100 * milliseconds / whole:5.1f} %")
-    for threads, rate in rates.items():
-        print(f"{threads} thread{'s' if threads > 1 else ' '} {rate:22.1f} images/s  {rate / rates[1]:5.2f} times")
+    print(f"{'per picture':24s} {'clock':>8s}    {'busy':>8s}")
+    for name, times in {**stages, "all": whole}.items():
+        print(f"{name:24s} {times.clock:8.2f} ms {times.busy:8.2f} ms  {100 * times.busy / whole.busy:5.1f} %")
+    print(f"one core, always busy: {1000 / whole.busy:.1f} images/s")
+    for threads, times in feeds.items():
+        gain, cores = whole.clock / times.clock, times.busy / times.clock
+        print(f"threads: {threads}  {1000 / times.clock:8.1f} images/s, {gain:.2f} times one; {cores:.2f} cores busy")
 
 
 if __name__ == "__main__":
