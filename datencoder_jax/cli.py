@@ -1,4 +1,4 @@
-"""The command line: `datencoder personalize | generate | export | toyworld | info`, a thin skin over the Python API.
+"""The command line, `datencoder COMMAND`: a thin skin over the Python API.
 
 Here are the options and what happens on errors; the commands themselves are in `commands/`, imported only when one is
 run, so that help texts come at once.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datencoder_jax.checkpoints.hub import TOYWORLD
+from datencoder_jax.commands.examples import EXAMPLES
 from datencoder_jax.errors import UserError
 from datencoder_jax.toyworld.world import ACCESSORIES, CLASSES, SCENES, STYLES
 
@@ -28,48 +29,6 @@ _METHODS = ("datencoder", "lora", "textual_inversion")
 _STEPS = "12, 200 and 1000"
 _SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-a")
 _KINDS = ("diffusers", "kohya", "embedding", "card")
-
-_EXAMPLES = {
-    "datencoder": """\
-  datencoder personalize examples/robot.png --out out/robot
-  datencoder generate --concept out/robot/concept.safetensors --prompt "a photo of a S* in the snow" --out out/snow
-  datencoder COMMAND --help""",
-    "personalize": """\
-  datencoder personalize examples/robot.png --out out/robot
-  datencoder personalize robot.png --prompt "a photo of a S* on the beach" "a pencil sketch of a S*" --out out/robot
-
-  datencoder personalize cat.jpg --model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-      --method lora --word "sks cat" --memory 16 --export --out out/cat
-
-It writes to the output folder:
-  concept.safetensors   the concept, for `datencoder generate` and `datencoder export`
-  input.png             the picture as the model saw it
-  01_..._0.png, ...     the pictures, by prompt and number
-  samples.png           all of it on one sheet
-  report.json           nearest words, loss per step, seconds, peak memory, versions, seed""",
-    "generate": """\
-  datencoder generate --concept out/robot/concept.safetensors --prompt "a photo of a S* in the city" --out out/city
-  datencoder generate --prompt "a photo of a red car on the beach" --num 8 --out out/car
-  datencoder generate --prompt "a robot at night" --sampler dpm++2m --sampling-steps 12 --out out/night
-  datencoder generate --concept cat.safetensors 0.8 --concept hat.safetensors --lora ink.safetensors 0.5 \\
-      --prompt "an ink drawing of a C* with a H*" --out out/both""",
-    "export": """\
-  datencoder export out/cat/concept.safetensors --name my-cat --out out/cat/export
-  datencoder export out/cat/concept.safetensors --to kohya embedding --out ComfyUI/models/loras
-
-It writes, by the values of --to:
-  diffusers   pytorch_lora_weights.safetensors, learned_embeds.safetensors, concept.safetensors, pipeline.py
-  kohya       NAME.safetensors, a LoRA for ComfyUI, Forge and A1111
-  embedding   NAME_emb.safetensors, token vectors for the same
-  card        README.md and samples.png, a model card""",
-    "toyworld": """\
-  datencoder toyworld --out robot.png
-  datencoder toyworld --class fish --seed 3 --scene underwater --out fish.png
-  datencoder toyworld --instance 1100005 --style sketch --accessory hat --out sketch.png""",
-    "info": """\
-  datencoder info
-  datencoder info out/robot/concept.safetensors""",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +68,10 @@ def _run(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        args.run(args)
+        try:
+            args.run(args)
+        except SystemExit as stop:  # training that was asked to stop, and said so
+            return stop.code if isinstance(stop.code, int) else 2
     return 0
 
 
@@ -129,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_personalize(commands)
     _add_generate(commands)
     _add_export(commands)
+    _add_pretrain(commands)
     _add_toyworld(commands)
     _add_info(commands)
     return parser
@@ -287,6 +250,42 @@ def _add_drawing(add: Callable, blend: str) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
 
 
+def _add_pretrain(commands: Any) -> None:
+    add = _add_command(commands, "pretrain", "train what a recipe says, on whatever devices there are")
+    _add_recipe(add)
+    add("--workdir", type=Path, metavar="DIR", help="checkpoints, metrics, previews; made if missing, continued if not")
+    add("--print-config", action="store_true", help="print the recipe with all changes as JSON, and do no more")
+    add("--accept-changes", action="store_true", help="go on from checkpoints of a recipe that was another one")
+    add(
+        "--export-encoder",
+        type=Path,
+        metavar="DIR",
+        help="at its end, or at once where it is complete, write the encoder for `personalize --encoder`",
+    )
+    add("--cpu-devices", type=_integer(1), metavar="N", help="train on the CPU, split into so many devices")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 is reached, at a port that is free there")
+    add(
+        "--processes",
+        type=_integer(1),
+        metavar="N",
+        help="how many there are; 1 for this one alone, whatever started it",
+    )
+    add("--process", type=_integer(0), metavar="I", help="which one this is, from 0 on")
+
+
+def _add_recipe(add: Callable) -> None:
+    add("--config", required=True, metavar="RECIPE", help="a recipe, such as those in configs/")
+    add("--variant", choices=("full", "smoke"), default="full", help="smoke runs in seconds (default: %(default)s)")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change values of the recipe, such as steps=100 optim.lr=1e-4 data.0.path=shards",
+    )
+
+
 def _add_toyworld(commands: Any) -> None:
     add = _add_command(commands, "toyworld", "draw an inhabitant of the embedded model's world, to play with")
     add("--class", dest="class_name", choices=CLASSES, metavar="CLASS", help=_one_of(CLASSES))
@@ -328,7 +327,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **kwargs: Any):
         super().__init__(
             prog=prog,
-            epilog=f"examples:\n{_EXAMPLES[prog.split()[-1]]}",
+            epilog=f"examples:\n{EXAMPLES[prog.split()[-1]]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **kwargs,

@@ -99,6 +99,13 @@ def initialize(
         )
 
 
+def is_shared() -> bool:
+    """Whether this process is one of several."""
+    import jax
+
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def leave_without_others(status: int) -> None:
     """Lets this process end with a status as soon as Python ends it.
 
@@ -206,9 +213,8 @@ def _check_free(coordinator: str) -> None:
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        raise UserError(
-            f"Process 0 cannot be the coordinator at {coordinator} ({os.strerror(error.errno) if error.errno else error}); name another port."
-        ) from error
+        said = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"Process 0 cannot be the coordinator at {coordinator} ({said}); name another port.") from error
 
 
 def _start(where: str, timeout: int, options: dict[str, Any]) -> None:

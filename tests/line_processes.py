@@ -1,0 +1,52 @@
+"""`datencoder pretrain` as one of several processes, on the task of the loop's tests; to be interrupted and killed.
+
+What is done beside training stands in the environment, as JSON in `LINE`: `rows`, a folder that is told which rows were
+drawn; `process` and `log`, who does `act` at which log: "term", "kill" or "fail"; `pause` seconds at every log;
+`heartbeat` seconds after which a silent process is dead.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+from datencoder_jax.cli import main
+from datencoder_jax.errors import UserError
+from datencoder_jax.training import distributed
+
+PLAN = json.loads(os.environ.get("LINE", "{}"))
+
+
+def run_stage(config, workdir, accept_changes=False):
+    import jax
+    from line_task import Line
+
+    from datencoder_jax.training.loop import fit
+
+    here = jax.process_index()
+
+    def on_batch(step, rows):
+        if "rows" in PLAN:
+            with (Path(PLAN["rows"]) / f"{here}.txt").open("a") as file:
+                file.write(f"{step} {rows.start} {rows.stop}\n")
+
+    def on_log(count):
+        time.sleep(PLAN.get("pause", 0.0))
+        if (PLAN.get("process"), PLAN.get("log")) == (here, count):
+            if PLAN["act"] == "fail":
+                raise UserError("The data of this process is gone.")
+            os.kill(os.getpid(), {"term": signal.SIGTERM, "kill": signal.SIGKILL}[PLAN["act"]])
+
+    fit(Line(on_batch=on_batch, on_log=on_log), config, workdir, accept_changes=accept_changes)
+
+
+if __name__ == "__main__":
+    # In place of the real one, whose tasks take longer to import than this one to train.
+    sys.modules["datencoder_jax.training.stages"] = stages = types.ModuleType("stages")
+    stages.run_stage = run_stage
+    distributed.initialize = functools.partial(distributed.initialize, heartbeat=PLAN.get("heartbeat", 100), timeout=60)
+    sys.exit(main(["pretrain", *sys.argv[1:]]))
