@@ -114,7 +114,7 @@ class Feed:
         rng = np.random.default_rng([self.seed, number])
         template = rng.integers(self._templates)
         crop = draw_crop(rng, self._crop, self._flip)
-        which, index = cast(tuple[int, int], self._order[number])
+        which, index = self.planned(number)
         source, damage = self.sources[which], self._damage[which]
         for attempt in range(_ENOUGH):
             values = self._values(which, index, crop)
@@ -129,6 +129,10 @@ class Feed:
             )
         concept = (self._first[which] + index) % 2**31
         return {**values, "concepts": np.array(concept, np.int32), "templates": np.array(template, np.int32)}
+
+    def planned(self, number: int) -> tuple[int, int]:
+        """The number of the source and that of the item in it which a row shows, unless the item is damaged."""
+        return cast(tuple[int, int], self._order[number])
 
     def _values(self, which: int, index: int, crop: Crop) -> dict[str, np.ndarray] | None:
         """The arrays of an item, or None if it cannot be used."""

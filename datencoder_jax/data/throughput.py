@@ -27,7 +27,7 @@ from datencoder_jax.data.feed import Feed
 from datencoder_jax.data.folder import Folder, files_under
 from datencoder_jax.data.items import DamagedItem, Item, Source
 from datencoder_jax.data.shards import Shards
-from datencoder_jax.data.views import Crop, decode_item, draw_crop, least_side, resize, square
+from datencoder_jax.data.views import Crop, decode_item, draw_crop, least_side, show, square
 from datencoder_jax.errors import UserError
 
 _BATCH = 16
@@ -66,11 +66,13 @@ class Times(NamedTuple):
     busy: float
 
 
-def measure_stages(source: Source, count: int, resolution: int, vision_size: int, repeats: int) -> dict[str, Times]:
-    """The time that each stage takes in one thread, the median of several repeats."""
+def measure_stages(feed: Feed, count: int, sizes: tuple[int, int], repeats: int) -> dict[str, Times]:
+    """The time that each stage takes in one thread, the median of several repeats, for a feed of one source."""
     rng = np.random.default_rng(0)
-    sizes = (resolution, vision_size)
+    source = feed.sources[0]
     items = [(item, draw_crop(rng, 0.8, True)) for item in _good(source, count)]
+    if not items:
+        raise UserError(f"{source.name} holds no pictures that can be used.")
     indices = rng.integers(len(source), size=len(items)).tolist()
 
     def decoded(item: Item, crop: Crop) -> Image.Image:
@@ -82,15 +84,16 @@ def measure_stages(source: Source, count: int, resolution: int, vision_size: int
 
     pictures = [(item, crop, decoded(item, crop)) for item, crop in items]
 
-    def shrink(item: Item, crop: Crop, picture: Image.Image) -> None:
+    def views(item: Item, crop: Crop, picture: Image.Image) -> None:
         place = square(item, picture, crop, 0)
         for size in sizes:
-            resize(picture, place, size)
+            show(picture, place, size, crop.mirrored)
 
     stages = {
+        "shuffling": lambda: [feed.planned(number) for number in range(len(items))],
         "reading": lambda: [read(index) for index in indices],
         "decoding": lambda: [decoded(item, crop) for item, crop in items],
-        "cropping and resizing": lambda: [shrink(*each) for each in pictures],
+        "cropping and resizing": lambda: [views(*each) for each in pictures],
     }
     return {name: _times(stage, len(items), repeats) for name, stage in stages.items()}
 
@@ -140,7 +143,6 @@ def main(arguments: list[str] | None = None) -> None:
             source = (
                 made_up(Path(folder), options.count, *options.size) if not options.path else open_source(options.path)
             )
-            stages = measure_stages(source, options.count, options.resolution, options.vision_size, options.repeats)
             feed = Feed(
                 [source],
                 [1],
@@ -150,6 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
                 vision_size=options.vision_size,
                 min_side=0,
             )
+            sizes = (options.resolution, options.vision_size)
+            stages = measure_stages(feed, options.count, sizes, options.repeats)
             feeds = {n: measure_feed(feed, options.count, n, options.repeats) for n in sorted({1, *options.threads})}
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -84,9 +84,10 @@ def square(item: Item, picture: Image.Image, crop: Crop, min_side: int) -> tuple
     return x, y, min(x + side, picture.width), min(y + side, picture.height)
 
 
-def resize(picture: Image.Image, place: tuple[float, float, float, float], size: int) -> Image.Image:
-    """A part of a picture at `size` pixels a side; antialiased and bicubic, as CLIP's own preparation is."""
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=place, reducing_gap=_GAP)
+def show(picture: Image.Image, place: tuple[float, float, float, float], size: int, mirrored: bool) -> np.ndarray:
+    """A part of a picture, uint8 `[size, size, 3]`; antialiased and bicubic, as CLIP's own preparation is."""
+    view = picture.resize((size, size), Image.Resampling.BICUBIC, box=place, reducing_gap=_GAP)
+    return np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view)
 
 
 def make_views(item: Item, crop: Crop, sizes: tuple[int, ...], min_side: int) -> list[np.ndarray]:
@@ -106,8 +107,7 @@ def make_views(item: Item, crop: Crop, sizes: tuple[int, ...], min_side: int) ->
     """
     picture = decode_item(item, least_side(crop, sizes, min_side))
     place = square(item, picture, crop, min_side)
-    views = [np.asarray(resize(picture, place, size)) for size in sizes]
-    return [view[:, ::-1] for view in views] if crop.mirrored else views
+    return [show(picture, place, size, crop.mirrored) for size in sizes]
 
 
 def _box(item: Item) -> tuple[float, float, float, float]:
