@@ -50,9 +50,10 @@ done
 [[ -n $cluster && -n $name && -n $image ]] || fail "--cluster, --name and --image are needed; see --help."
 (($#)) || fail "say what to train after --, such as -- --config configs/sd15_laion.py --workdir /mnt/runs/sd15."
 
-# Ended early, a machine has ten minutes to write a checkpoint; a workload that fails is started again from it.
+# Ended early, a machine has ten minutes to write a checkpoint; a workload that fails is started again from it, unless
+# it was for a mistake in the options (status 2).
 command=(xpk workload create "--cluster=$cluster" "--workload=$name" "--docker-image=$image" "--tpu-type=$type"
-    "--num-slices=$slices" --max-restarts=20 --termination-grace-period-seconds=600
+    "--num-slices=$slices" --max-restarts=20 --restart-on-exit-codes=1 --termination-grace-period-seconds=600
     ${project:+"--project=$project"} ${zone:+"--zone=$zone"} ${storage:+"--storage=$storage"}
     "--command=$(printf '%q ' datencoder pretrain "$@")")
 if [[ -n $dry_run ]]; then

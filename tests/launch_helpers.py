@@ -112,7 +112,16 @@ JOBSET = _object(
         failurePolicy=_object(
             maxRestarts={"type": "integer", "minimum": 0},
             restartStrategy={"enum": ["Recreate", "BlockingRecreate"]},
-            rules={"type": "array"},
+            rules={
+                "type": "array",
+                "items": _object(
+                    ["name", "action"],
+                    name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+                    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+                    onJobFailureReasons={"type": "array", "items": {"type": "string"}},
+                    targetReplicatedJobs={"type": "array", "items": {"type": "string"}},
+                ),
+            },
         ),
         startupPolicy={"type": "object"},
         suspend={"type": "boolean"},

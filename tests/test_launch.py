@@ -214,6 +214,7 @@ def test_xpk(stand):
         "tpu-type": "v5litepod-16",
         "num-slices": "2",
         "max-restarts": "20",
+        "restart-on-exit-codes": "1",
         "termination-grace-period-seconds": "600",
         "storage": "runs",
     }
