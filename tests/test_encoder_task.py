@@ -58,7 +58,7 @@ def run(task, params, batch=None, step=0):
 
 def value(task, params, batch, steps=(0,)):
     """`loss, values` at each step, one program for them: without the gradient, which takes most of the compiling."""
-    program = jax.jit(lambda *args: task.value_and_grad(*args)[0])
+    program = jax.jit(task.loss)
     found = [program(params, task.frozen, batch, KEY, jnp.int32(step)) for step in steps]
     return [(float(loss), {name: float(x) for name, x in values.items()}) for loss, values in found]
 
@@ -136,7 +136,7 @@ def test_pictures_alone_are_enough(pipeline, task):
     [(same, others)] = value(task, params, known)
     assert same == pytest.approx(loss, rel=1e-5) and others == pytest.approx(values, rel=1e-4)
 
-    program = jax.jit(lambda *args: task.value_and_grad(*args)[0][0])
+    program = jax.jit(lambda *args: task.loss(*args)[0])
 
     def total(**changes):
         return float(program(params, task.frozen, batch | changes, KEY, jnp.int32(0)))

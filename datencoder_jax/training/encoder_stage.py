@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +115,8 @@ def train_encoder(config, workdir: Path, **options) -> None:
         sizes,
         Frozen(
             pipeline.base,
-            tokenizer.encode([""]),
-            tokenizer.encode([template.format(TOKEN) for template in TEMPLATES], {TOKEN: 1}),
+            jnp.asarray(tokenizer.encode([""])),
+            jnp.asarray(tokenizer.encode([template.format(TOKEN) for template in TEMPLATES], {TOKEN: 1})),
         ),
         data,
         previews,
@@ -182,8 +182,8 @@ def abstract_task(
         length: tokens of a prompt.
     """
     sizes = _encoder_config(base, length, 1.0, **config.encoder)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    templates = jax.ShapeDtypeStruct((len(TEMPLATES), length), jnp.int32)
+    shape: Any = jax.ShapeDtypeStruct
+    ids, templates = shape((1, length), jnp.int32), shape((len(TEMPLATES), length), jnp.int32)
     task = TuningEncoderTask(
         sizes,
         Frozen(base, ids, templates),
@@ -197,16 +197,18 @@ def abstract_task(
     )
     count, side, seen = config.batch_size, config.resolution, base.eyes.config.image_size
     batch = {
-        "images": jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8),
-        "vision": jax.ShapeDtypeStruct((count, seen, seen, 3), jnp.uint8),
-        "concepts": jax.ShapeDtypeStruct((count,), jnp.int32),
-        "templates": jax.ShapeDtypeStruct((count,), jnp.int32),
+        "images": shape((count, side, side, 3), jnp.uint8),
+        "vision": shape((count, seen, seen, 3), jnp.uint8),
+        "concepts": shape((count,), jnp.int32),
+        "templates": shape((count,), jnp.int32),
     }
     return task, batch
 
 
 class _Nothing:
     """Data of a task that is compiled and not run."""
+
+    identity = ""
 
     def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
         raise NotImplementedError

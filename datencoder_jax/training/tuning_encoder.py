@@ -69,6 +69,11 @@ class Data(Protocol):
                           log variance of the VAE's posterior; or else they are made from images
     """
 
+    @property
+    def identity(self) -> str:
+        """Changes when the data do."""
+        ...
+
     def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
         """Rows of a step's global batch, a pure function of the step."""
         ...
@@ -134,7 +139,7 @@ class TuningEncoderTask:
         accumulate: how many parts a batch is taken in.
         remat: recompute the UNet's inner states for the gradient.
         mesh: shards the contrastive loss over all its axes; None computes it densely.
-        identity: names base model and data in checkpoints.
+        identity: of base model and data, for checkpoints.
     """
 
     def __init__(
@@ -193,6 +198,10 @@ class TuningEncoderTask:
             coupled=coupled,
         )
         return accumulation.value_and_grad(loss, params, self._drawn(base, batch, key), self.accumulate)
+
+    def loss(self, params: Params, frozen: Frozen, batch: dict, key: jax.Array, step: jax.Array):
+        """`L, values to log`; compiled, the gradient is left out."""
+        return self.value_and_grad(params, frozen, batch, key, step)[0]
 
     def _drawn(self, base: Base, batch: dict, key: jax.Array) -> dict[str, jax.Array]:
         """The batch with all that is random: timesteps and noises, and of pictures the latents' own."""
