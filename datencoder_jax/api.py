@@ -127,7 +127,7 @@ def personalize(
     predict_key, view_key, tune_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _PERSONALIZE), 3)
     base, seconds = pipeline.base, {}
 
-    with _Clock(seconds, "predict", datencoder.predict):
+    with _Clock(seconds, "predict", datencoder.predict, *datencoder.IN_PARTS):
         variables = initial
         if variables is None:
             variables = _start(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
@@ -216,8 +216,9 @@ def _start(
             f"there is no tuning-encoder for {pipeline.name}: name one with --encoder (pretrain it first), or choose a "
             f"method that needs none with --method ({others})"
         )
-    empty = pipeline.tokenizer.encode([""])
-    return datencoder.predict(pipeline.base, pipeline.encoder, pictures, empty, key, quiet=quiet)
+    empty = jnp.asarray(pipeline.tokenizer.encode([""]))
+    predict = datencoder.predict_in_parts if pipeline.memory.in_parts else datencoder.predict
+    return predict(pipeline.base, pipeline.encoder, pictures, empty, key, quiet=quiet)
 
 
 def prepare(pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int | None = None) -> jax.Array:

@@ -13,6 +13,7 @@ import datencoder_jax
 from datencoder_jax import api, memory, sampling, tuning
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, Memory
+from datencoder_jax.methods import datencoder
 from datencoder_jax.pipeline import computation_type
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates
@@ -93,8 +94,20 @@ def test_pictures_in_parts_are_the_same(plain, small, predicted, monkeypatch):
     assert np.abs(drawn.astype(int) - wanted).max() <= 1
 
 
-def test_the_encoder_predicts_the_same(small, predicted):
+def test_the_encoder_predicts_the_same_with_a_network_at_a_time(small, predicted, monkeypatch):
+    seen = []
+
+    def spying(program):
+        def spy(base, *args, **options):
+            seen.append([network for network in NETWORKS if getattr(base, network).params])
+            return program(base, *args, **options)
+
+        spy.seconds = 0.0
+        return spy
+
+    monkeypatch.setattr(datencoder, "IN_PARTS", tuple(spying(program) for program in datencoder.IN_PARTS))
     found = personalize(small, steps=0).concept
+    assert seen == [["vision"], ["vae"], ["text"], ["unet"]]
     np.testing.assert_allclose(found.embeddings, predicted.embeddings, rtol=1e-5, atol=1e-6)
     assert found.nearest_word == predicted.nearest_word
 

@@ -5,6 +5,8 @@ concept the predictions at all of them, for each of its pictures `i`, are averag
 
     x = mean_{i, j} E(I_i, sqrt(a_j) z_i + sqrt(1 - a_j) e_ij, t_j)                            (1)
 
+`predict` is one program. `predict_in_parts` runs the same functions as four, each with the networks it needs alone.
+
 Factors are averaged, not their products: the decoders are shared, so the factors of one projection live in one basis.
 """
 
@@ -16,7 +18,7 @@ from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
 from datencoder_jax.encoder.features import extract, vision_features
 from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import Base
-from datencoder_jax.typing import Features, Variables
+from datencoder_jax.typing import Condition, Features, Variables
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 """The `t_j` of equation (1), as shares of the schedule."""
@@ -45,14 +47,28 @@ def look(
         empty_ids: token ids of the empty prompt `[1, L]`.
         states: what `vision_features` says of the pictures, in their place where it is known.
     """
-    noisy = add_noise(latents, noise, jnp.asarray(alphas_cumprod(base.schedule))[t])
-    empty = base.condition(empty_ids)
-    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), empty)
-    added = base.added(noisy, empty.pooled)
     if states is None:
         assert images is not None
-        states = vision_features(base.eyes, base.vision_input(images))
-    return extract(states, base.unet, noisy, t, empty.context, added)
+        states = _see(base, images)
+    return _look(base, states, latents, t, noise, base.condition(empty_ids))
+
+
+def _see(base: Base, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return vision_features(base.eyes, base.vision_input(images))
+
+
+def _look(
+    base: Base,
+    states: tuple[jax.Array, jax.Array],
+    latents: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    empty: Condition,
+) -> Features:
+    """As `look`, of pictures that have been seen and an empty prompt that has been read."""
+    noisy = add_noise(latents, noise, jnp.asarray(alphas_cumprod(base.schedule))[t])
+    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape[1:])), empty)
+    return extract(states, base.unet, noisy, t, empty.context, base.added(noisy, empty.pooled))
 
 
 def predict_each(
@@ -68,15 +84,49 @@ def predict_each(
     return encoder(look(base, images, latents, t, noise, empty_ids))
 
 
-def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array) -> Variables:
+def _encode(base: Base, images: jax.Array) -> jax.Array:
+    return base.vae.bind().to_latents(images)
+
+
+def _mean(
+    base: Base,
+    encoder: Model,
+    states: tuple[jax.Array, jax.Array],
+    latents: jax.Array,
+    empty: Condition,
+    key: jax.Array,
+) -> Variables:
+    """Equation (1), with one clean latent per picture."""
     each_level = levels(base.schedule.num_train_timesteps)
-    t = jnp.tile(each_level, len(images))
-    latents = base.vae.bind().to_latents(images)
+    t = jnp.tile(each_level, len(latents))
     latents = jnp.repeat(latents, len(each_level), axis=0)
     noise = jax.random.normal(key, latents.shape)
-    each = predict_each(encoder, base, images, latents, t, noise, empty_ids)
+    each = encoder(_look(base, states, latents, t, noise, empty))
     return jax.tree.map(lambda x: x.mean(axis=0), each)
+
+
+def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array) -> Variables:
+    return _mean(base, encoder, _see(base, images), _encode(base, images), base.condition(empty_ids), key)
 
 
 predict = Program("the encoder", _predict)
 """`predict(base, encoder, images [k, H, W, 3] in [-1, 1], empty_ids [1, L], key) -> Variables`: equation (1)."""
+
+IN_PARTS = (
+    Program("picture reading", _see),
+    Program("picture encoding", _encode),
+    Program("prompt reading", Base.condition),
+    Program("the encoder", _mean),
+)
+"""The programs of `predict_in_parts`."""
+
+
+def predict_in_parts(
+    base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array, *, quiet: bool = False
+) -> Variables:
+    """What `predict` returns, as four programs."""
+    see, encode, read, mean = IN_PARTS
+    states = see(base.only("vision"), images, quiet=quiet)
+    latents = encode(base.only("vae"), images, quiet=quiet)
+    empty = read(base.only("text", "text_2"), empty_ids, quiet=quiet)
+    return mean(base.only("unet"), encoder, states, latents, empty, key, quiet=quiet)
