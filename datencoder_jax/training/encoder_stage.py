@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ class Pictures:
     def report(self) -> dict[str, int]:
         return self.feed.report()
 
-    @cached_property
+    @property
     def identity(self) -> str:
         return self.feed.identity
 
