@@ -172,6 +172,14 @@ def test_prepared_arrays_take_the_place_of_pictures():
     refuses("cannot be mixed", Feed([Records(30), Colours(30)], [1, 1], **TINY).batch, 0)
 
 
+def test_views_of_one_picture_are_one_concept():
+    records, pictures = Colours(12), Colours(5)
+    records.views = 3
+    found = concepts(Feed([records, pictures], [1, 1], **TINY), 3)
+    assert sorted(each for each in found if each < 12) == sorted(list(range(4)) * 3)
+    assert {each for each in found if each >= 12} == set(range(12, 17))
+
+
 def test_identity_tells_that_the_data_changed():
     identities = [
         Feed(sources, weights, **TINY).identity

@@ -92,7 +92,7 @@ class Feed:
         Returns:
             "images": uint8 `[b, R, R, 3]` and "vision": uint8 `[b, S, S, 3]`, two views of the same crops; or, in their
             place, the arrays of a `Prepared` item, stacked. "concepts": int32 `[b]`, equal for two visits of the same
-            item. "templates": int32 `[b]`, below `templates`.
+            picture. "templates": int32 `[b]`, below `templates`.
 
         Raises:
             UserError: more than one half of a source is damaged.
@@ -127,7 +127,7 @@ class Feed:
                 f"{source.name}: {_ENOUGH} pictures one after the other cannot be used{listed(damage.report())}; "
                 "check the data."
             )
-        concept = (self._first[which] + index) % 2**31
+        concept = (self._first[which] + index // getattr(source, "views", 1)) % 2**31
         return {**values, "concepts": np.array(concept, np.int32), "templates": np.array(template, np.int32)}
 
     def planned(self, number: int) -> tuple[int, int]:

@@ -34,7 +34,10 @@ class Prepared(NamedTuple):
 
 
 class Source(Protocol):
-    """Items by number; `source[index]` is a pure function of the index, safe in several threads."""
+    """Items by number; `source[index]` is a pure function of the index, safe in several threads.
+
+    A source in which every picture comes several times in a row, cropped differently, says how often in `views`.
+    """
 
     name: str
     """Names it in messages."""

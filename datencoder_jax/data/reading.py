@@ -211,7 +211,9 @@ def _rgb(name: str, image: Image.Image) -> Image.Image:
     if profile and image.mode in ("RGB", "CMYK"):
         with suppress(Exception):  # a profile that cannot be used is ignored, as viewers do
             transform = _to_srgb(profile, image.mode)
-            return image if transform is None else ImageCms.applyTransform(image, transform) or image
+            converted = image if transform is None else ImageCms.applyTransform(image, transform)
+            if converted is not None:
+                return converted
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
