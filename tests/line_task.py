@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from PIL import Image
 
+from datencoder_jax.errors import UserError
 from datencoder_jax.training.logbook import TIMES
 from datencoder_jax.training.loop import fit
 
@@ -135,7 +136,10 @@ def main(workdir: str, stall: str, changes: str) -> None:
 
     if stall:
         atomicity.AtomicRenameTemporaryPath.finalize = finalize
-    run(Path(workdir), **json.loads(changes))
+    try:
+        run(Path(workdir), **json.loads(changes))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

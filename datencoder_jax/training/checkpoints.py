@@ -11,7 +11,10 @@ the whole, so any number of devices or processes can read them.
 import errno
 import importlib.metadata
 import json
+import logging
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +28,13 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from datencoder_jax.errors import UserError
 
 SCHEMA = 1
+FOLDER = "checkpoints"
 FREE = r"log_every|preview_every|checkpoint_(every|minutes)|keep|best\..*|mesh\..*|threads|max_bad_steps|output"
 """Keys of a recipe that do not change what is computed: a run may go on under other values."""
-_STORAGE = re.compile(r"no space left|quota|permission denied|read-only|input/output error|file too large", re.I)
-_STORAGE_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
+_WORDS = re.compile(
+    r"no space left on device|disk quota exceeded|permission denied|read-only|input/output error|file too large", re.I
+)
+_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENOTDIR}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -39,6 +45,56 @@ def describe(config: Any, identity: Mapping[str, str]) -> dict[str, Any]:
     return {"schema": SCHEMA, "config": recipe, "identity": dict(identity), "versions": versions}
 
 
+@contextmanager
+def on_disk(workdir: Path) -> Iterator[None]:
+    """Around all that writes into a work folder: failures of the disk become a sentence, others are left alone.
+
+    Raises:
+        UserError: the folder cannot be written; the sentence names the last good checkpoint.
+    """
+    try:
+        with _orbax_quiet():
+            yield
+    except Exception as error:
+        if (reason := _storage_reason(error, workdir)) is None:
+            raise
+        found = [int(path.name) for path in (workdir / FOLDER).glob("*") if path.name.isdecimal()]
+        last = f"the last good checkpoint is step {max(found)}" if found else "there is no checkpoint yet"
+        raise UserError(
+            f"{workdir} cannot be written: {reason}; {last}; put that right and run the same command again"
+        ) from error
+
+
+@contextmanager
+def _orbax_quiet() -> Iterator[None]:
+    """Keeps Orbax's threads from printing the errors that it raises afterwards anyway, a page for each."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def ours(record: logging.LogRecord) -> bool:
+        return not (record.levelno == logging.ERROR and "orbax" in record.pathname)
+
+    def unraisable(args: Any) -> None:
+        # Where one array could not be written, the others find nobody to report to.
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            hook(args)
+
+    logger.addFilter(ours)
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        logger.removeFilter(ours)
+        sys.unraisablehook = hook
+
+
+def _storage_reason(error: Exception, workdir: Path) -> str | None:
+    if isinstance(error, OSError) and error.errno in _NUMBERS:
+        elsewhere = error.filename and not Path(error.filename).absolute().is_relative_to(workdir.absolute())
+        return None if elsewhere else os.strerror(error.errno).lower()
+    found = _WORDS.search(str(error))  # of the library that writes arrays, in errors of its own
+    return found[0].lower() if found and str(workdir.absolute()) in str(error) else None
+
+
 class Checkpoints:
     """The checkpoints in a work folder.
 
@@ -47,13 +103,10 @@ class Checkpoints:
         run: what `describe` says of the run that wants to write here.
         keep: how many of the latest stay.
         best: `metric` of the previews and `mode` ("max" or "min"): the best by it stays too. No metric: none does.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
 
     def __init__(self, workdir: Path, run: dict[str, Any], keep: int, best: Mapping[str, str] | None = None):
-        self.folder, self.run = workdir.absolute() / "checkpoints", run
+        self.folder, self.run = workdir.absolute() / FOLDER, run
         self._metric = metric = (best or {}).get("metric", "")
         self.seeks_best = bool(metric)
         policies: list[Any] = [LatestN(keep)]
@@ -70,9 +123,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        with self._storage("cannot be made"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -115,24 +167,17 @@ class Checkpoints:
     def save(self, step: int, state: Any, scores: Mapping[str, float] | None = None) -> None:
         """Starts to write a checkpoint; `state` may be donated to the next step right away.
 
-        Raises:
-            UserError: this one, or the one before, cannot be written.
+        Also raises what went wrong with the one before.
         """
         meta = {**self.run, "step": step, "data": {"position": step}}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         metrics = dict(scores) if self._metric and scores and self._metric in scores else None
-        with self._storage(f"{step} or the one before cannot be written"):
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+        self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def wait(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-            UserError: it cannot be.
-        """
-        with self._storage("cannot be written"):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        """Waits until everything is written, and raises what went wrong with it."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
 
     def _check(self, before: dict[str, Any], step: int, accept_changes: bool) -> None:
         where = f"the run in {self.folder.parent}"
@@ -160,36 +205,6 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
-
-    @contextmanager
-    def _storage(self, what: str) -> Iterator[None]:
-        """Turns failures of the disk into a sentence; others are left alone."""
-        try:
-            yield
-        except Exception as error:
-            number = getattr(error, "errno", None)
-            if number not in _STORAGE_NUMBERS and not isinstance(error, (NotADirectoryError, FileExistsError)):
-                if not (found := _STORAGE.search(str(error))):
-                    raise
-                reason = found[0].lower()
-            else:
-                reason = str(getattr(error, "strerror", None) or error).lower()
-            last = (
-                "there is none yet" if (latest := self._latest_on_disk()) is None else f"the last good one is {latest}"
-            )
-            raise UserError(
-                f"checkpoint {what} in {self.folder}: {reason}; {last}: make room there and run the same command again"
-            ) from error
-
-    def _latest_on_disk(self) -> int | None:
-        found = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()] if self._made() else []
-        return max(found, default=None)
-
-    def _made(self) -> bool:
-        try:
-            return self.folder.is_dir()
-        except OSError:
-            return False
 
     def __enter__(self) -> "Checkpoints":
         return self

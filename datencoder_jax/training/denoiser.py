@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax.data.images import to_uint8, write_grid
+from datencoder_jax.data.records import weights_fingerprint
 from datencoder_jax.diffusion.guidance import guided
 from datencoder_jax.diffusion.samplers import SAMPLERS, sample
 from datencoder_jax.diffusion.schedule import (
@@ -73,6 +74,7 @@ class DenoiserTask:
         self.config, self.schedule, self.source = config, schedule, source
         self.preview_ids, self.batch_size, self.gamma, self.dropout = preview_ids, batch_size, gamma, dropout
         self.frozen = Frozen(text, vae, jnp.asarray(empty))
+        self.identity = {"text": weights_fingerprint(text.params), "vae": weights_fingerprint(vae.params)}
         self._sampler = jax.jit(self._sample)  # here, since a method that is jitted anew is compiled anew
 
     def init(self, key: jax.Array):

@@ -13,8 +13,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from datencoder_jax.checkpoints.atomic import atomic_write
-
 FILE = "metrics.jsonl"
 TIMES = ("time", "images_per_second", "mfu")
 """Values that differ between two runs of one recipe."""
@@ -54,8 +52,9 @@ class Logbook:
                 continue
             if first is not None and record["step"] <= first:
                 kept.append(line + "\n")
-        with atomic_write(self.path) as path:
-            path.write_text("".join(kept), encoding="utf-8")
+        aside = self.path.with_name(f".{FILE}")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(self.path)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Writes the metrics of a step and shows some of them beside the bar."""

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from datencoder_jax.compilation import compiler_options, enable_cache
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import mesh as on_mesh
-from datencoder_jax.training.checkpoints import Checkpoints, describe
+from datencoder_jax.training.checkpoints import Checkpoints, describe, on_disk
 from datencoder_jax.training.chips import find_chip
 from datencoder_jax.training.logbook import Logbook
 from datencoder_jax.training.optim import adamw
@@ -133,7 +133,7 @@ def fit(
     mesh = on_mesh.make_mesh(config.mesh)
     on_mesh.rows_here(task.batch_size, mesh)
     run = describe(config, getattr(task, "identity", {}))
-    with Checkpoints(workdir, run, config.keep, config.get("best")) as checkpoints:
+    with on_disk(workdir), Checkpoints(workdir, run, config.keep, config.get("best")) as checkpoints:
         state, resumed = _state(task, config, initial, mesh, checkpoints, accept_changes)
         first = int(state.step)
         if first < config.steps:

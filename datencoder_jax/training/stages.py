@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from datencoder_jax.checkpoints.folders import BaseParts, read_component, write_base, write_component
@@ -50,21 +51,24 @@ def token_ids(texts: list[str], tokenizer_folder: Path) -> np.ndarray:
     return encoded["input_ids"].astype(np.int32)
 
 
-def train_vae(config, workdir: Path) -> None:
+def train_vae(config, workdir: Path, **options) -> None:
     """The autoencoder, its scaling factor set so that latents have unit variance."""
     source = render_source("train", config.data, config.seed)
     held_out = render_source("validation", config.data, 0, 256)
     task = VAETask(
         VAEConfig(**config.model), source, held_out, batch_size=config.batch_size, kl_weight=config.kl_weight
     )
-    model = Model(AutoencoderKL, task.config, fit(task, config, workdir))
+    params = fit(task, config, workdir, **options)
+    if jax.process_index():
+        return
+    model = Model(AutoencoderKL, task.config, params)
     latents = encode_latents(model, held_out.images)
     deviation = float(latents.astype(np.float32).std())
     scaled = replace(model, config=replace(task.config, scaling_factor=round(1.0 / deviation, 5)))
     write_component(Path(config.base) / "vae", scaled, dtype="float32")
 
 
-def train_clip(config, workdir: Path) -> None:
+def train_clip(config, workdir: Path, **options) -> None:
     """Both CLIP towers, with their projections to the space they share."""
     base = Path(config.base)
     write_tokenizer(base / "tokenizer")
@@ -80,7 +84,10 @@ def train_clip(config, workdir: Path) -> None:
     source = with_token_ids(render_source("train", config.data, config.seed), base / "tokenizer")
     held_out = with_token_ids(render_source("validation", config.data, 0, 256), base / "tokenizer")
     task = CLIPTask(text, vision, source, held_out, batch_size=config.batch_size, mean=CLIP_MEAN, std=CLIP_STD)
-    text_params, vision_params, _ = split_params(fit(task, config, workdir))
+    params = fit(task, config, workdir, **options)
+    if jax.process_index():
+        return
+    text_params, vision_params, _ = split_params(params)
     text_params = forget_unseen(text_params, source.labels["ids"])
     write_component(base / "text_encoder", Model(CLIPTextModel, text, text_params), dtype="float32")
     write_component(base / "image_encoder", Model(CLIPVisionModel, vision, vision_params), dtype="float32")
@@ -111,7 +118,7 @@ def preview_prompts() -> list[str]:
     return [prompt_for(context, CLASSES[k % len(CLASSES)]) for k, context in enumerate(contexts)]
 
 
-def train_unet(config, workdir: Path) -> None:
+def train_unet(config, workdir: Path, **options) -> None:
     """The denoiser, and with it the whole base model as a diffusers folder."""
     base = Path(config.base)
     vae = read_component(base, "vae", AutoencoderKL, VAEConfig)
@@ -145,7 +152,9 @@ def train_unet(config, workdir: Path) -> None:
         if before.config != unet:
             raise UserError(f"the UNet in {config.initial} has another configuration than the recipe's")
         initial = before.params
-    params = fit(task, config, workdir, initial=initial)
+    params = fit(task, config, workdir, initial=initial, **options)
+    if jax.process_index():
+        return
     scheduler = {"_class_name": "DDIMScheduler", **config.schedule, "num_train_timesteps": schedule.num_train_timesteps}
     full = BaseParts(
         unet=Model(UNet2DConditionModel, unet, params),
@@ -160,7 +169,7 @@ def train_unet(config, workdir: Path) -> None:
     write_base(Path(config.output), full, dtype="float16")
 
 
-def train_judge(config, workdir: Path) -> None:
+def train_judge(config, workdir: Path, **options) -> None:
     """The judge of pictures, with its accuracy on unseen individuals in its `config.json`."""
     data = config.data
     source = render_views("train", data.instances, data.views, size=data.size, flat=data.flat, seed=config.seed)
@@ -175,7 +184,10 @@ def train_judge(config, workdir: Path) -> None:
         probe_weight=config.probe_weight,
         seed=config.seed,
     )
-    judge = Model(Judge, task.config, fit(task, config, workdir)).cast("float16").cast("float32")
+    params = fit(task, config, workdir, **options)
+    if jax.process_index():
+        return
+    judge = Model(Judge, task.config, params).cast("float16").cast("float32")
     scores = {"accuracy": accuracies(judge, held_out), "separation": separation(judge, held_out)}
     (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     save_judge(config.output, judge, extra=scores)
@@ -184,6 +196,12 @@ def train_judge(config, workdir: Path) -> None:
 _STAGES = {"vae": train_vae, "clip": train_clip, "unet": train_unet, "encoder": train_encoder, "judge": train_judge}
 
 
-def run_stage(config, workdir: Path) -> None:
-    """Runs the stage `config.stage`."""
-    _STAGES[config.stage](config, workdir)
+def run_stage(config, workdir: Path, **options) -> None:
+    """Runs the stage `config.stage`; options as for `training.loop.fit`.
+
+    Raises:
+        UserError: no such stage.
+    """
+    if config.stage not in _STAGES:
+        raise UserError(f"The recipe's stage is {config.stage!r}; it can be {', '.join(_STAGES)}.")
+    _STAGES[config.stage](config, workdir, **options)
