@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_export(commands)
     _add_pretrain(commands)
+    _add_precompute(commands)
     _add_toyworld(commands)
     _add_info(commands)
     return parser
@@ -262,7 +263,21 @@ def _add_pretrain(commands: Any) -> None:
         metavar="DIR",
         help="at its end, or at once where it is complete, write the encoder for `personalize --encoder`",
     )
-    add("--cpu-devices", type=_integer(1), metavar="N", help="train on the CPU, split into so many devices")
+    _add_processes(add)
+
+
+def _add_precompute(commands: Any) -> None:
+    add = _add_command(commands, "precompute", "compute what frozen networks see of a recipe's pictures, once")
+    _add_recipe(add)
+    add("--out", type=Path, required=True, metavar="DIR", help="where the records go; what is there already stays")
+    add("--views", type=_integer(1), default=1, metavar="N", help="crops of each picture (default: %(default)s)")
+    add("--batch-size", type=_integer(1), default=8, metavar="N", help="pictures on a device (default: %(default)s)")
+    add("--per-file", type=_integer(1), default=1024, metavar="N", help="pictures in a file (default: %(default)s)")
+    _add_processes(add)
+
+
+def _add_processes(add: Callable) -> None:
+    add("--cpu-devices", type=_integer(1), metavar="N", help="use the CPU, split into so many devices")
     add("--coordinator", metavar="HOST:PORT", help="where process 0 is reached, at a port that is free there")
     add(
         "--processes",

@@ -84,6 +84,13 @@ def test_items_of_tuples_of_sections_and_several_changes(recipe):
     assert json.loads(load_recipe(recipe, overrides=changes).to_json())["data"] == list(expected)
 
 
+def test_sections_can_be_replaced_by_others():
+    """Another kind of source has other options than the one that stands in the recipe."""
+    other = '[{"kind": "records", "path": "r"}]'
+    config = load_recipe(CONFIGS / "sd15_paper.py", overrides=[f"data={other}", "data.0.path=s"])
+    assert config.data == ({"kind": "records", "path": "s"},)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -105,8 +112,10 @@ def test_items_of_tuples_of_sections_and_several_changes(recipe):
         ("optim.lr=nan", "a number, as 0.001 is"),
         ("remat=maybe", "true or false, as true is"),
         ("optim=3", "it is a section; set one of its values, decay, lr, warmup"),
-        ("data=3", "its values are set one by one, such as data.0.kind"),
-        ("pairs=1,2", "its values are set one by one, such as pairs.0."),
+        ("data=3", "set its values one by one, such as data.0.kind, or all as JSON"),
+        ("data=[]", "or all as JSON"),
+        ("data=[3]", "or all as JSON"),
+        ("pairs=1,2", "set its values one by one, such as pairs.0"),
         ("widths=8,many", "whole number, as 8 is"),
         ("widths=8,,9", "whole number, as 8 is"),
         ("steps", "'steps' is not KEY=VALUE"),

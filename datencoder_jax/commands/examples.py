@@ -49,6 +49,13 @@ It writes to the work folder:
   metrics.jsonl       losses, rates and scores; tensorboard/ has the same as curves
   preview_*.png       samples by step
   config.json         the recipe as it was run""",
+    "precompute": """\
+  datencoder precompute --config configs/sd15_laion.py --out data/laion-records --views 2
+  datencoder pretrain --config configs/sd15_laion.py --workdir runs/sd15 \\
+      --set 'data=[{"kind": "records", "path": "data/laion-records"}]'
+
+The same command again goes on where the last one stopped; several processes share the files, as in `pretrain`.
+Records depend on base model, vision tower, resolution and crops: the recipe's own, which training then keeps.""",
     "toyworld": """\
   datencoder toyworld --out robot.png
   datencoder toyworld --class fish --seed 3 --scene underwater --out fish.png

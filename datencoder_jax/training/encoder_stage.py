@@ -12,6 +12,8 @@ import numpy as np
 from datencoder_jax.checkpoints.encoder_folder import write_encoder
 from datencoder_jax.checkpoints.hub import resolve_base
 from datencoder_jax.checkpoints.weights import read_params
+from datencoder_jax.data.images import to_uint8
+from datencoder_jax.data.records import Records, weights_fingerprint
 from datencoder_jax.encoder.features import denoiser_features, tapped_layers
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
 from datencoder_jax.errors import UserError
@@ -105,7 +107,7 @@ def train_encoder(config, workdir: Path, **options) -> None:
             f"a batch of {config.batch_size} cannot be taken in {config.accumulate} parts by {size} devices; "
             "set batch_size or accumulate"
         )
-    pipeline = _read_base(config)
+    pipeline = read_frozen(config)
     pairs = "concepts" in config.data
     data, previews = (_pairs if pairs else _pictures)(config, pipeline)
     sizes = encoder_config(pipeline, **config.encoder)
@@ -143,7 +145,7 @@ def describe(workdir: Path, config: EncoderConfig, fingerprint: str) -> None:
         (workdir / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _read_base(config) -> Pipeline:
+def read_frozen(config) -> Pipeline:
     """The base model in the machine's memory: the loop places each part once, where it belongs."""
     with on_host():
         pipeline = read_pipeline(resolve_base(config.model), str(config.model), dtype=config.dtype)
@@ -163,11 +165,22 @@ def _pairs(config, pipeline: Pipeline) -> tuple[Data, Previews]:
 
 
 def _pictures(config, pipeline: Pipeline) -> tuple[Data, Previews]:
-    feed = picture_feed(config, pipeline.base, batch_size=config.batch_size, seed=config.seed)
-    few = picture_feed(config, pipeline.base, batch_size=config.previews, seed=config.seed + 1)
-    images = few.batch(0, slice(0, config.previews))["images"]
+    base = pipeline.base
+    feed = picture_feed(config, base, batch_size=config.batch_size, seed=config.seed)
+    for records in (source for source in feed.sources if isinstance(source, Records)):
+        parts = {name: weights_fingerprint(part.params) for name, part in (("vae", base.vae), ("vision", base.eyes))}
+        records.check(resolution=config.resolution, **parts)
+    few = picture_feed(config, base, batch_size=config.previews, seed=config.seed + 1).batch(0)
+    images = few["images"] if "images" in few else _decoded(base, few["moments"])
     ids = pipeline.tokenizer.encode([TEMPLATES[0].format(TOKEN)] * len(images), {TOKEN: 1})
     return Pictures(feed), Previews(images, ids, images)
+
+
+def _decoded(base: Base, moments: np.ndarray) -> np.ndarray:
+    """Pictures at the means of precomputed posteriors."""
+    vae = base.vae.bind()
+    means = np.split(moments.astype(np.float32), 2, axis=-1)[0]
+    return np.concatenate([to_uint8(vae.to_images(vae.scaled(jnp.asarray(mean[None])))) for mean in means])
 
 
 def abstract_task(

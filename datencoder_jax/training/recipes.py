@@ -1,10 +1,12 @@
 """Recipes: a Python file whose `get_config(variant)` returns the configuration of a stage, and changes to its values.
 
 A change is written `optim.lr=1e-4`, or `data.0.path=...` for an item of a tuple of sections. Its text is read as the
-type of the value that stands there, so a recipe's values say what may be set, and nothing else can be.
+type of the value that stands there, so a recipe's values say what may be set, and nothing else can be. Only a tuple of
+sections can be replaced as a whole, by JSON.
 """
 
 import difflib
+import json
 import math
 import runpy
 import sys
@@ -189,7 +191,10 @@ def _number(text: str) -> float:
 def _read_items(text: str, before: Sequence, key: str) -> list:
     """Items between commas, `1,2` or `(1, 2)` or `[1, 2]`, each of the type of the first before."""
     if _is_nested(before):
-        raise ValueError(f"its values are set one by one, such as {next(_keys(before, f'{key}.'))}")
+        way_out = f"set its values one by one, such as {next(_keys(before, f'{key}.'))}"
+        if not all(_is_section(item) for item in before):
+            raise ValueError(way_out)
+        return _sections(text, f"{way_out}, or all as JSON")
     inner = text.strip()
     if inner[:1] + inner[-1:] in ("()", "[]"):
         inner = inner[1:-1]
@@ -197,6 +202,17 @@ def _read_items(text: str, before: Sequence, key: str) -> list:
     if items[-1] == "":  # none at all, or Python's (1,)
         items.pop()
     return [_read(item, before[0], f"{key}.0") if before else _literal(item) for item in items]
+
+
+def _sections(text: str, way_out: str) -> list[dict[str, Any]]:
+    """Sections in the place of others, as JSON: `[{"kind": "folder", "path": "pictures"}]`."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        raise ValueError(way_out) from None
+    if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
+        raise ValueError(way_out)
+    return found
 
 
 def _literal(text: str) -> Any:

@@ -1,0 +1,39 @@
+"""`datencoder precompute`: what frozen networks see of a recipe's pictures, for training without running them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from datencoder_jax.commands.shared import say
+from datencoder_jax.errors import UserError
+from datencoder_jax.training import distributed
+from datencoder_jax.training.recipes import load_recipe
+
+
+def run(args: Namespace) -> None:
+    """Writes a folder of records for each source of the recipe."""
+    if args.cpu_devices:
+        distributed.split_cpu(args.cpu_devices)
+    config: Any = load_recipe(args.config, args.variant, args.set)
+    if config.stage != "encoder" or "concepts" in config.data:
+        raise UserError(f"{args.config} does not train on sources of pictures: there is nothing to precompute.")
+    distributed.initialize(args.coordinator, args.processes, args.process)
+    _precompute(args, config)
+
+
+def _precompute(args: Namespace, config: Any) -> None:
+    import jax
+
+    from datencoder_jax.training.encoder_stage import read_frozen
+    from datencoder_jax.training.precompute import precompute
+    from datencoder_jax.training.sources import open_source
+
+    pipeline, first = read_frozen(config), jax.process_index() == 0
+    options = {"views": args.views, "batch_size": args.batch_size, "per_file": args.per_file}
+    for number, section in enumerate(config.data):
+        folder: Path = args.out / str(number) if len(config.data) > 1 else args.out
+        count = precompute(pipeline, open_source(section), config, folder, **options)
+        if first:
+            say(f'records of {count} pictures; in a recipe: {{"kind": "records", "path": "{folder}"}}')
