@@ -2,7 +2,7 @@
 
 What is done beside training stands in the environment, as JSON in `LINE`: `rows`, a folder that is told which rows were
 drawn; `process` and `log`, who does `act` at which log: "term", "kill" or "fail"; `pause` seconds at every log;
-`heartbeat` seconds after which a silent process is dead.
+`heartbeat` seconds after which a silent process is dead; `timeout` seconds that they wait for each other.
 """
 
 import functools
@@ -31,7 +31,7 @@ def run_stage(config, workdir, accept_changes=False):
 
     def on_batch(step, rows):
         if "rows" in PLAN:
-            with (Path(PLAN["rows"]) / f"{here}.txt").open("a") as file:
+            with (Path(PLAN["rows"]) / f"rows{here}").open("a") as file:
                 file.write(f"{step} {rows.start} {rows.stop}\n")
 
     def on_log(count):
@@ -48,5 +48,6 @@ if __name__ == "__main__":
     # In place of the real one, whose tasks take longer to import than this one to train.
     sys.modules["datencoder_jax.training.stages"] = stages = types.ModuleType("stages")
     stages.run_stage = run_stage
-    distributed.initialize = functools.partial(distributed.initialize, heartbeat=PLAN.get("heartbeat", 100), timeout=60)
+    seconds = {name: PLAN[name] for name in ("heartbeat", "timeout") if name in PLAN}
+    distributed.initialize = functools.partial(distributed.initialize, **seconds)
     sys.exit(main(["pretrain", *sys.argv[1:]]))

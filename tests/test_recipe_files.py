@@ -24,6 +24,9 @@ def get_config(variant="full"):
 """
 
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
 @pytest.fixture
 def recipe(tmp_path):
     (tmp_path / "neighbour.py").write_text("RATE = 1e-3\n")
