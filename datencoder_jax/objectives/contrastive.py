@@ -15,11 +15,16 @@ made here. (3) takes the concept, not the row: two views of one concept are neve
 one concept has no negatives and its loss is 0.
 
 `j` runs over the global batch. `contrastive_dense` forms (3) at once, `[batch, batch]`. `contrastive_ring` is the same
-function for a batch that is sharded over devices: blocks of `u_j` travel around a ring and (4) is a running
+function for a batch that is sharded over devices: the devices' rows travel around a ring and (4) is a running
 
-    Q_i <- log(exp Q_i + sum_{j in block} exp(S_ij))                                            (6)
+    Q_i <- log(exp Q_i + sum_{j visiting} exp(S_ij))                                            (6)
 
-so that a device holds one `[batch / devices, batch / devices]` block at a time, in the backward pass too.
+For the gradient they travel around once more, now with their `Q_j` and the derivatives `g_j = dL / dQ_j`. Since `S` is
+symmetric, each device gathers all that concerns its own rows, and nothing has to be kept of the first round:
+
+    dL / du_i = sum_j (m_j g_i exp(S_ij - Q_i) + m_i g_j exp(S_ij - Q_j)) u_j / tau     over c_j != c_i     (7)
+
+(1), (4) and (7) take some rows at a time, so a device holds its own rows, those of one visitor, and a few rows of `S`.
 """
 
 import functools
@@ -33,6 +38,9 @@ _NEVER = -1e30
 
 # Similarities decide which word is nearest; the faster float32 products of accelerators keep only 8 to 11 bits.
 _einsum = functools.partial(jnp.einsum, precision="highest")
+
+# Of the ring: so many of a device's rows are compared with all words, or with all rows of a visitor, at a time.
+_ROWS = 256
 
 
 def contrastive_dense(
@@ -60,9 +68,10 @@ def contrastive_dense(
         `[batch]` float32.
     """
     unit = _unit_rows(embeddings, mask)
-    block = (unit, concept_ids, mask)
-    q = _negatives(block, block, temperature)
-    return _loss(unit, mask, q, table, allowed, temperature, neighbours)
+    rows = (unit, concept_ids, mask)
+    q = _negatives(rows, rows, temperature)
+    ids, _ = nearest_words(unit, table, allowed, neighbours)
+    return _loss(unit, mask, q, table[ids], temperature)
 
 
 def contrastive_ring(
@@ -85,22 +94,12 @@ def contrastive_ring(
     rows, replicated = PartitionSpec(axis), PartitionSpec()
     names = (axis,) if isinstance(axis, str) else axis
     devices = functools.reduce(int.__mul__, (mesh.shape[name] for name in names))
-    to_next = [(i, (i + 1) % devices) for i in range(devices)]
-
-    # Without rematerialization the scan would keep every block of similarities for the backward pass.
-    negatives = jax.checkpoint(functools.partial(_negatives, temperature=temperature))
+    negatives = _ring_negatives(temperature, axis, devices)
 
     def local(embeddings, concept_ids, mask, table, allowed):
-        unit = _unit_rows(embeddings, mask)
-        own = (unit, concept_ids, mask)
-
-        def hop(carry, _):
-            visiting, q = carry
-            visiting = jax.lax.ppermute(visiting, axis, to_next)
-            return (visiting, jnp.logaddexp(q, negatives(own, visiting))), None  # (6)
-
-        (_, q), _ = jax.lax.scan(hop, (own, negatives(own, own)), length=devices - 1)
-        return _loss(unit, mask, q, table, allowed, temperature, neighbours)
+        unit, inverse = _unit_rows(embeddings, mask), _inverse_norms(table)
+        ids = _by_rows(lambda u: _nearest(u, table, inverse, allowed, neighbours)[0], unit)
+        return _loss(unit, mask, negatives(unit, concept_ids, mask), table[ids], temperature)
 
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(rows, rows, rows, replicated, replicated), out_specs=rows, check_vma=True
@@ -119,24 +118,97 @@ def nearest_words(embeddings: jax.Array, table: jax.Array, allowed: jax.Array, k
     Returns:
         Token ids, int32 `[batch, k]`, and cosines, float32 `[batch, k]`.
     """
-    embeddings, table = jax.lax.stop_gradient((embeddings, table))
-    cosines = _einsum("bd,vd->bv", _unit(embeddings), _unit(table))
+    return _nearest(_unit(embeddings), table, _inverse_norms(table), allowed, k)
+
+
+def _nearest(unit, table, inverse, allowed, k: int) -> tuple[jax.Array, jax.Array]:
+    """(1) for unit vectors: ids and cosines `[rows, k]`.
+
+    The words' lengths are divided out of the cosines, not of the table, so that there is no second copy of it.
+    """
+    unit, table, inverse = jax.lax.stop_gradient((unit, table, inverse))
+    cosines = _einsum("bd,vd->bv", unit, table.astype(jnp.float32)) * inverse[None, :, 0]
     cosines, ids = jax.lax.top_k(jnp.where(allowed[None], cosines, -jnp.inf), k)
     return ids, cosines
 
 
 def _negatives(own: tuple, others: tuple, temperature: float) -> jax.Array:
-    """The part of `Q_i` `[rows]` that these others contribute; (3) and (4). Both are `(unit, concept_ids, mask)`."""
-    (unit, concepts, _), (other_unit, other_concepts, other_mask) = own, others
-    similarities = _einsum("id,jd->ij", unit, other_unit) / temperature
-    negative = (concepts[:, None] != other_concepts[None, :]) & other_mask[None, :]
-    return jax.nn.logsumexp(jnp.where(negative, similarities, _NEVER), axis=1)
+    """The part of `Q_i` `[rows]` that these others contribute; (4). Both are `(unit, concept_ids, mask)`."""
+    similarities, negative = _similarities(own, others, temperature)
+    return jax.nn.logsumexp(jnp.where(negative & others[2][None, :], similarities, _NEVER), axis=1)
 
 
-def _loss(unit, mask, q, table, allowed, temperature: float, neighbours: int) -> jax.Array:
-    """`L_i` `[rows]` from `Q_i`; (1), (2) and (5)."""
-    ids, _ = nearest_words(unit, table, allowed, neighbours)
-    words = jax.lax.stop_gradient(_unit(table[ids]))
+def _similarities(own: tuple, others: tuple, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """(3): `S` `[rows, others]`, and where concepts differ."""
+    (unit, concepts, *_), (other_unit, other_concepts, *_) = own, others
+    return _einsum("id,jd->ij", unit, other_unit) / temperature, concepts[:, None] != other_concepts[None, :]
+
+
+def _ring_negatives(temperature: float, axis: str | tuple[str, ...], devices: int):
+    """A function of a device's `unit`, `concept_ids` and `mask` that gives its `Q`, with (7) as its derivative."""
+    to_next = [(i, (i + 1) % devices) for i in range(devices)]
+
+    def around(own: tuple, merge, start):
+        """Merges into `start` what each device's rows in turn, the own ones first, mean for the own rows."""
+
+        def hop(carry, _):
+            visiting, merged = carry
+            visiting = jax.lax.ppermute(visiting, axis, to_next)
+            return (visiting, merge(merged, visiting)), None
+
+        (_, merged), _ = jax.lax.scan(hop, (own, merge(start, own)), length=devices - 1)
+        return merged
+
+    @jax.custom_vjp
+    def negatives(unit, concept_ids, mask):
+        own = (unit, concept_ids, mask)
+
+        def merge(q, visiting):
+            return jnp.logaddexp(q, _by_rows(lambda *rows: _negatives(rows, visiting, temperature), *own))  # (6)
+
+        return around(own, merge, jnp.full_like(unit[:, 0], _NEVER))
+
+    def forward(unit, concept_ids, mask):
+        q = negatives(unit, concept_ids, mask)
+        return q, (unit, concept_ids, mask, q)
+
+    def backward(kept, g):
+        own = (*kept, g)
+
+        def merge(gradient, visiting):
+            return gradient + _by_rows(lambda *rows: _pull(rows, visiting, temperature), *own)  # (7)
+
+        return around(own, merge, jnp.zeros_like(kept[0])), None, None
+
+    negatives.defvjp(forward, backward)
+    return negatives
+
+
+def _pull(own: tuple, others: tuple, temperature: float) -> jax.Array:
+    """The part of (7) `[rows, d]` that these others contribute. Both are `(unit, concept_ids, mask, Q, g)`."""
+    similarities, negative = _similarities(own, others, temperature)
+    (_, _, mask, q, g), (other_unit, _, other_mask, other_q, other_g) = own, others
+
+    def share(where, q):
+        return jnp.exp(jnp.where(where, similarities - q, -jnp.inf))
+
+    weights = g[:, None] * share(negative & other_mask[None, :], q[:, None])
+    weights += other_g[None, :] * share(negative & mask[:, None], other_q[None, :])
+    return _einsum("ij,jd->id", weights, other_unit) / temperature
+
+
+def _by_rows(function, *arrays: jax.Array):
+    """`function(*arrays)`, of which each row depends on the same row of the arrays, some rows at a time."""
+
+    def row(values):
+        return jax.tree.map(lambda x: x[0], function(*(value[None] for value in values)))
+
+    return jax.lax.map(row, arrays, batch_size=_ROWS)
+
+
+def _loss(unit, mask, q, words, temperature: float) -> jax.Array:
+    """`L_i` `[rows]` from `Q_i` and the table's rows of the nearest words `[rows, k, d]`; (2) and (5)."""
+    words = jax.lax.stop_gradient(_unit(words))
     p = jax.nn.logsumexp(_einsum("id,ind->in", unit, words) / temperature, axis=1)
     return jnp.where(mask, jax.nn.softplus(q - p), 0.0)
 
@@ -148,6 +220,10 @@ def _unit_rows(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _unit(vectors: jax.Array) -> jax.Array:
     """Vectors `[..., d]` divided by their norms, in float32; a zero vector stays zero, with a finite gradient."""
-    vectors = vectors.astype(jnp.float32)
-    squares = jnp.sum(jnp.square(vectors), axis=-1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
+    return vectors.astype(jnp.float32) * _inverse_norms(vectors)
+
+
+def _inverse_norms(vectors: jax.Array) -> jax.Array:
+    """`1 / |v|` `[..., 1]`, in float32; 1 for a zero vector."""
+    squares = jnp.sum(jnp.square(vectors.astype(jnp.float32)), axis=-1, keepdims=True)
+    return jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
