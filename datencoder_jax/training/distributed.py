@@ -26,6 +26,9 @@ TIMEOUT = 300
 HEARTBEAT = 100
 """Seconds after which a silent process counts as dead, and the others are ended."""
 
+GOODBYE = 3600
+"""Seconds that processes wait for each other at the end, where process 0 has results to write."""
+
 _ALONE = "or train in this process alone with --processes 1"
 _TELL = "say who they are with --coordinator, --processes and --process"
 
@@ -38,7 +41,7 @@ def split_cpu(devices: int) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {split} {patient}"
     # A collective blocks a thread of the pool that all devices compute in, and a device may wait in several at once:
     # with two threads per device they sometimes wait for each other for ever.
-    os.environ.setdefault("NPROC", str(max(64, 8 * devices)))
+    os.environ.setdefault("NPROC", str(8 * devices))
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 
@@ -67,7 +70,11 @@ def initialize(
     """
     if coordinator is None and processes == 1 and not process:
         return
-    options: dict[str, Any] = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": heartbeat}
+    options: dict[str, Any] = {
+        "initialization_timeout": timeout + 60,
+        "heartbeat_timeout_seconds": heartbeat,
+        "shutdown_timeout_seconds": GOODBYE,
+    }
     if coordinator is None and processes is None and process is None:
         found = _detect(os.environ)
         if found is None:
