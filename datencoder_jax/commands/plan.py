@@ -41,6 +41,7 @@ def run(args: Namespace) -> int:
 
 def _prepare(args: Namespace) -> None:
     """What the environment has to say before JAX is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of how arrays are split the compiler has a lot to say
     if args.topology is None:
         if args.cpu_devices:
             split = f"--xla_force_host_platform_device_count={args.cpu_devices}"
@@ -66,7 +67,7 @@ def _recipe(args: Namespace, machine: "Machine") -> int:
     from datencoder_jax.plan.report import table
     from datencoder_jax.training.recipes import load_recipe
 
-    config = load_recipe(args.config, args.variant, args.set)
+    config: Any = load_recipe(args.config, args.variant, args.set)
     base = _base(args.config, config)
     wanted: list[Program] = []
     if "train" in args.programs:
