@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from cli_helpers import fails
-from line_task import settings
+from line_task import run, settings
 
 from datencoder_jax.checkpoints.encoder_folder import read_encoder
 from datencoder_jax.cli import main
@@ -24,7 +24,7 @@ from datencoder_jax.training.encoder_export import export_encoder
 from datencoder_jax.training.encoder_stage import describe
 
 RECIPE = """
-from line_task import settings
+from line_task import run, settings
 
 def get_config(variant="full"):
     config = settings(steps=40 if variant == "full" else 4)
@@ -124,6 +124,13 @@ def test_what_training_ends_with(recipe, tmp_path, stages, capsys):
     stages.raises = RuntimeError("a mistake of ours")
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         pretrain(recipe, *work)
+
+
+def test_the_work_folder_holds_the_recipe_that_ran_there(tmp_path):
+    run(tmp_path, steps=1)
+    with pytest.raises(UserError, match="with another recipe"):
+        run(tmp_path, steps=1, ema=0.5)
+    assert json.loads((tmp_path / "config.json").read_text()) == settings(steps=1).to_dict()
 
 
 def test_help_has_examples(capsys):

@@ -27,6 +27,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.compilation import compiler_options, enable_cache
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import mesh as on_mesh
@@ -121,7 +122,8 @@ def fit(
             `training.mesh`), `threads` that draw batches, `log_every`, `preview_every` (0: at the end alone),
             `checkpoint_every` steps (0: none) and `checkpoint_minutes` (0: none; at steps that are logged), `keep` of
             the latest checkpoints and `best` (see `training.checkpoints`), `max_bad_steps` in a row.
-        workdir: checkpoints, metrics and previews; an interrupted run found there is continued.
+        workdir: checkpoints, metrics, previews, and the recipe as `config.json`; an interrupted run found there is
+            continued.
         initial: weights to start from instead of `task.init`'s.
         accept_changes: go on from a checkpoint of another recipe.
 
@@ -135,6 +137,9 @@ def fit(
     run = describe(config, getattr(task, "identity", {}))
     with on_disk(workdir), Checkpoints(workdir, run, config.keep, config.get("best")) as checkpoints:
         state, resumed = _state(task, config, initial, mesh, checkpoints, accept_changes)
+        if jax.process_index() == 0:
+            with atomic_write(workdir / "config.json") as path:
+                path.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
         first = int(state.step)
         if first < config.steps:
             state = _train(task, config, workdir, mesh, checkpoints, state, resumed)
