@@ -28,6 +28,8 @@ _MAX_SEED = 2**31 - 1
 _METHODS = ("datencoder", "lora", "textual_inversion")
 _STEPS = "12, 200 and 1000"
 _SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-a")
+_VERSIONS = ("1.5", "2.1", "XL")
+_PROGRAMS = ("train", "encode", "tune", "draw", "decode")
 _KINDS = ("diffusers", "kohya", "embedding", "card")
 
 
@@ -93,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_pretrain(commands)
     _add_precompute(commands)
+    _add_plan(commands)
     _add_toyworld(commands)
     _add_info(commands)
     return parser
@@ -276,6 +279,24 @@ def _add_precompute(commands: Any) -> None:
     _add_processes(add)
 
 
+def _add_plan(commands: Any) -> None:
+    add = _add_command(
+        commands, "plan", "say what a recipe, or personalization, takes of a device, without running it or having one"
+    )
+    _add_recipe(add, required=False)
+    add("--models", nargs="+", choices=_VERSIONS, help="without a recipe: Stable Diffusion to personalize, by version")
+    add("--topology", metavar="SLICE", help="a TPU slice, such as v5e:16x16 (default: the devices of this machine)")
+    add("--cpu-devices", type=_integer(1), metavar="N", help="use the CPU, split into so many devices")
+    add("--programs", nargs="+", choices=_PROGRAMS, default=_PROGRAMS, help="of a recipe; several (default: all)")
+    add("--methods", nargs="+", choices=_METHODS[:2], default=_METHODS[:1], help=f"several (default: {_METHODS[0]})")
+    add("--memory", nargs="+", type=int, choices=(0, 8, 16, 24), help="settings as for personalize; 0 for none")
+    add(
+        "--resolution", type=_integer(64), default=512, metavar="PIXELS", help="without a recipe (default: %(default)s)"
+    )
+    add("--effort", type=float, default=-1.0, metavar="E", help="of the compiler, from -1 to 1 (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
 def _add_processes(add: Callable) -> None:
     add("--cpu-devices", type=_integer(1), metavar="N", help="use the CPU, split into so many devices")
     add("--coordinator", metavar="HOST:PORT", help="where process 0 is reached, at a port that is free there")
@@ -288,8 +309,8 @@ def _add_processes(add: Callable) -> None:
     add("--process", type=_integer(0), metavar="I", help="which one this is, from 0 on")
 
 
-def _add_recipe(add: Callable) -> None:
-    add("--config", required=True, metavar="RECIPE", help="a recipe, such as those in configs/")
+def _add_recipe(add: Callable, *, required: bool = True) -> None:
+    add("--config", required=required, metavar="RECIPE", help="a recipe, such as those in configs/")
     add("--variant", choices=("full", "smoke"), default="full", help="smoke runs in seconds (default: %(default)s)")
     add(
         "--set",

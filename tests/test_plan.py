@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import write_tiny_base
 
+from datencoder_jax import cli
 from datencoder_jax.commands import plan as command
 from datencoder_jax.errors import UserError
 from datencoder_jax.plan import advice, costs, devices, hlo, measure, programs, shapes
@@ -238,12 +240,6 @@ def recipe(tmp_path_factory):
     return path
 
 
-def options(recipe, **changes):
-    given = {"config": recipe, "models": None, "variant": "full", "set": [], "topology": None, "cpu_devices": None}
-    given |= {"programs": ["train"], "methods": ["datencoder"], "memory": None, "resolution": 512}
-    return Namespace(**given | {"effort": -1.0, "json": False} | changes)
-
-
 @pytest.fixture(scope="module")
 def planned(recipe):
     """Exit status and output of a plan for far too large a batch, as a table and as JSON, and what was compiled for it.
@@ -259,9 +255,11 @@ def planned(recipe):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_measured", once)
-        for as_json in (False, True):
+        for rest in ([], ["--json"]):
             with contextlib.redirect_stdout(io.StringIO()) as output:
-                status = command.run(options(recipe, set=[f"batch_size={BATCH}"], json=as_json))
+                status = cli.main(
+                    ["plan", "--config", str(recipe), "--set", f"batch_size={BATCH}", "--programs", "train", *rest]
+                )
             said.append((status, output.getvalue()))
     return results[0], said
 
@@ -323,23 +321,53 @@ def test_what_fits_is_no_failure(recipe, planned, monkeypatch, capsys):
     result, _ = planned
     roomy = replace(result, room=replace(result.room, available=2**60))
     monkeypatch.setattr(command, "_measured", lambda *_: roomy)
-    assert command.run(options(recipe)) == 0
+    assert cli.main(["plan", "--config", str(recipe), "--programs", "train"]) == 0
     assert "does not fit" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "arguments, words",
     [
-        ({"config": None}, "nothing to plan"),
-        ({"models": ["1.5"]}, "leave --models out"),
-        ({"set": ["batch_size=12"]}, "a batch of 12 cannot be shared by 8 devices"),
-        ({"set": ["stage=unet"]}, "is no recipe of an encoder"),
-        ({"set": ["model=nobody/nothing", "architecture=9"]}, "architecture is '9'"),
+        ([], "nothing to plan"),
+        (["--config", "RECIPE", "--models", "1.5"], "leave --models out"),
+        (["--config", "RECIPE", "--set", "batch_size=12"], "a batch of 12 cannot be shared by 8 devices"),
+        (["--config", "RECIPE", "--set", "stage=unet"], "is no recipe of an encoder"),
+        (["--config", "RECIPE", "--set", "model=nobody/nothing", "architecture=9"], "architecture is '9'"),
     ],
 )
-def test_mistakes_are_sentences(recipe, changes, words):
-    with pytest.raises(UserError, match=words):
-        command.run(options(**{"recipe": recipe} | changes) if "config" not in changes else options(None))
+def test_mistakes_are_sentences(recipe, arguments, words, capsys):
+    assert cli.main(["plan", *(str(recipe) if word == "RECIPE" else word for word in arguments)]) == 2
+    assert words in capsys.readouterr().err
+
+
+# --- slices of TPUs
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UserError, match=r"datencoder_jax\[plan\]"):
+        devices.find_machine("v5e:4x4")
+
+
+def test_a_slice_without_any_tpu(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    command._prepare(Namespace(topology="v5e:4x4"))
+    assert len(devices.find_machine("v5e:1x1").devices) == 1 and len(devices.find_machine("v4:2x2x1").devices) == 4
+    with pytest.raises(UserError, match="no TPU slice v5e:3x7"):
+        devices.find_machine("v5e:3x7")
+    machine = devices.find_machine("v5e:4x4")
+    assert len(machine.devices) == 16 and machine.chip == CHIPS["v5e"]
+    mesh = on_mesh.make_mesh({"data": -1, "fsdp": 4}, machine.devices)
+    x = shaped(mesh, (16 * ROWS, WIDTH), ("data", "fsdp"), dtype=jnp.bfloat16)
+    w = shaped(mesh, (LAYERS, WIDTH, WIDTH), None, "fsdp", dtype=jnp.bfloat16)
+    layers = jax.jit(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0])
+    result = measure.measure(programs.Program("layers", layers, (x, w), 16, 16 * ROWS), machine)
+    product = LAYERS * 2 * ROWS * WIDTH * WIDTH
+    assert result.fits and product <= result.costs.flops < 1.1 * product
+    gathered = result.costs.traffic["all-gather"].bytes
+    assert gathered == 3 / 4 * 2 * LAYERS * WIDTH * WIDTH
+    assert result.times.least == max(result.costs.flops / 197e12, result.costs.bytes / 819e9, gathered / 200e9)
 
 
 # --- sizes

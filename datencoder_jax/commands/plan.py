@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from datencoder_jax.commands.shared import say
 from datencoder_jax.errors import UserError
+from datencoder_jax.training import distributed
 
 if TYPE_CHECKING:
     from datencoder_jax.pipeline import Base
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from datencoder_jax.plan.measure import Result
     from datencoder_jax.plan.programs import Program
 
-PROGRAMS = ("train", "encode", "tune", "draw", "decode")
 
+def run(args: Namespace) -> None:
+    """Prints the plan.
 
-def run(args: Namespace) -> int:
-    """Prints the plan; 1 if something does not fit."""
+    Raises:
+        SystemExit: with status 1, if something does not fit.
+    """
     if args.config is None and args.models is None:
         raise UserError("nothing to plan: name a recipe with --config, or models to personalize with --models")
     if args.config is not None and args.models is not None:
@@ -34,9 +37,11 @@ def run(args: Namespace) -> int:
     before = jax.config.jax_exec_time_optimization_effort  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_exec_time_optimization_effort", args.effort)
     try:
-        return _recipe(args, machine) if args.config is not None else _models(args, machine)
+        fits = _recipe(args, machine) if args.config is not None else _models(args, machine)
     finally:
         jax.config.update("jax_exec_time_optimization_effort", before)
+    if not fits:
+        raise SystemExit(1)
 
 
 def _prepare(args: Namespace) -> None:
@@ -44,9 +49,7 @@ def _prepare(args: Namespace) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of how arrays are split the compiler has a lot to say
     if args.topology is None:
         if args.cpu_devices:
-            split = f"--xla_force_host_platform_device_count={args.cpu_devices}"
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {split}".strip()
-            os.environ["JAX_PLATFORMS"] = "cpu"
+            distributed.split_cpu(args.cpu_devices)
         return
     # A compiler alone: it takes no device, asks no cloud where it runs, and may be loaded beside another one.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -59,8 +62,8 @@ def _prepare(args: Namespace) -> None:
         os.environ.setdefault(name, value)
 
 
-def _recipe(args: Namespace, machine: "Machine") -> int:
-    """The recipe's training step on the whole machine, and what its users run on one of the chips."""
+def _recipe(args: Namespace, machine: "Machine") -> bool:
+    """Whether all fits: the recipe's training step on the whole machine, and what its users run on one of the chips."""
     from datencoder_jax import memory
     from datencoder_jax.plan import advice, programs
     from datencoder_jax.plan.measure import measure
@@ -92,7 +95,7 @@ def _recipe(args: Namespace, machine: "Machine") -> int:
             _complain(result)
         for number, knob in enumerate(turns, 1):
             say(f"{number}. --set {knob.setting}: {knob.why}; about {knob.saves / 1e9:.1f} GB less")
-    return int(not all(result.fits for result in results))
+    return all(result.fits for result in results)
 
 
 def _base(path: Path, config: Any) -> "Base":
@@ -124,8 +127,8 @@ def _complain(result: "Result") -> None:
     say(f"{result.program.name} does not fit: it {needed} of {there}")
 
 
-def _models(args: Namespace, machine: "Machine") -> int:
-    """What personalization takes, by model, method and setting."""
+def _models(args: Namespace, machine: "Machine") -> bool:
+    """Whether all fits that personalization runs, by model, method and setting."""
     from datencoder_jax import memory
     from datencoder_jax.plan import programs
     from datencoder_jax.plan.measure import measure
@@ -158,7 +161,7 @@ def _models(args: Namespace, machine: "Machine") -> int:
             cells = [said.get(name, "") for name in ("encode", "tune", "draw", "decode")]
             setting = f"`--memory {row['memory']}`" if row["memory"] else "none"
             say(f"| {row['model']} | {row['method']} | {setting} | {' | '.join(cells)} | {most} |")
-    return int(not all(result.fits for row in rows for result in row["programs"].values()))
+    return all(result.fits for row in rows for result in row["programs"].values())
 
 
 def _gigabytes(result: "Result") -> str:

@@ -60,7 +60,7 @@ def _tpu(topology: str) -> list:
     if kind == "v4":  # whose chips are one device each only if asked to be
         options["chip_config_name"] = "megacore"
     if set(sides.split("x")) == {"1"}:
-        options["chips_per_host_bounds"] = (1,) * len(sides.split("x"))
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
