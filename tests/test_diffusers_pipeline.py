@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_helpers import draw_offsets, nchw, nhwc, tiny_concept, write_tiny_xl
+from export_helpers import draw_offsets, nchw, nhwc, tiny_concept
 from PIL import Image
-from tiny import write_tiny_base
+from tiny import write_tiny_base, write_tiny_xl
 
 from datencoder_jax.checkpoints.concept_file import save_concept
 from datencoder_jax.checkpoints.export import Target, export_concept
@@ -122,7 +122,7 @@ def test_refuses_what_does_not_belong(exported, theirs, tmp_path):
     with pytest.raises(ValueError, match="not a concept file"):
         theirs.load_concept(out / "learned_embeds.safetensors")
     for changes, match in [
-        ({"embeddings": np.ones((1, 7), np.float32)}, "token vectors of 7; this model's are of (12|28)"),
+        ({"embeddings": np.ones((1, 7), np.float32)}, "token vectors of 7; this model's are of (12|20)"),
         ({"offsets": draw_offsets({"down_blocks.7.to_q": (8, 8)})}, "changes offsets.down_blocks.7.to_q.down"),
         ({"offsets": draw_offsets({first: (9, 8)})}, "differs in shape"),
     ]:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from checkpoint_helpers import refuses
 from compvis import unet as original_unet
-from export_helpers import draw_offsets, nchw, nhwc, tiny_concept, write_tiny_xl
+from export_helpers import draw_offsets, nchw, nhwc, tiny_concept
 from PIL import Image
 from safetensors.numpy import save_file
-from tiny import write_tiny_base
+from tiny import write_tiny_base, write_tiny_xl
 
 from datencoder_jax import api, cli, sampling
 from datencoder_jax.checkpoints.lora_names import layer_finder
@@ -73,7 +73,7 @@ IDS = np.array([[3, 5, 7, 4, 2, 6, 1]])
 def inputs(pipeline):
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1, 8, 8, 4), dtype=np.float32)
-    pooled = rng.standard_normal((1, 16), dtype=np.float32)
+    pooled = rng.standard_normal((1, pipeline.base.unet.config.pooled_width), dtype=np.float32)
     return latents, rng.standard_normal((1, 5, sum(pipeline.base.widths)), dtype=np.float32), pooled
 
 
@@ -261,7 +261,7 @@ def original(**options):
 def test_kohya_of_xl_in_the_names_of_the_original_code(pipelines, stock, tmp_path):
     pipe, pipeline = stock("XL"), pipelines["XL"]
     layers = original(
-        channels=8, multiples=(1, 2), depths=(0, 2), middle=2, blocks=1, context=28, linear=True, added=64
+        channels=8, multiples=(1, 2), depths=(0, 2), middle=2, blocks=1, context=20, linear=True, added=34
     )
     save_file(kohya(layers | text_shapes(pipe)), tmp_path / "l.safetensors")
     pipe.load_lora_weights(tmp_path, weight_name="l.safetensors")

@@ -196,8 +196,8 @@ def test_offsets_cover_every_attention_layer(xl, stock):
         for name, module in stock.unet.named_modules()
         if ".attn" in name and hasattr(module, "in_features")
     }
-    # 3 transformers of depth 1, the middle one of depth 2; two attentions of four projections each.
-    assert shapes == wanted and len(shapes) == (3 * 1 + 2) * 2 * 4
+    # Four transformers of depth 2; two attentions of four projections each.
+    assert shapes == wanted and len(shapes) == 4 * 2 * 2 * 4
 
 
 def test_the_two_paths(xl, concept):
@@ -244,7 +244,7 @@ def test_personalize_save_and_generate(xl, sighted, method, tmp_path):
     start, tuned = (personalize(pipeline, method=method, word=word, steps=steps) for steps in (0, 2))
     concept = tuned.concept
     assert concept.embeddings.shape == (1, 20) and np.isfinite(tuned.report["losses"]).all()
-    assert len(concept.offsets) == (40 if method == "datencoder" else 0)
+    assert len(concept.offsets) == (64 if method == "datencoder" else 0)
     assert (concept.embeddings != start.concept.embeddings).all()
     drawn = generate(xl, SOFT, concept=concept)
     np.testing.assert_array_equal(generate(xl, SOFT, concept=round_trip(xl, concept, tmp_path / "c")), drawn)

@@ -131,8 +131,8 @@ def write_tiny_xl(folder: Path) -> Path:
     unet = diffusers.UNet2DConditionModel(
         sample_size=SIDE // 2,
         block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),
         layers_per_block=1,
