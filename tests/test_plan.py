@@ -18,6 +18,7 @@ from tiny import write_tiny_base
 from datencoder_jax import cli
 from datencoder_jax.commands import plan as command
 from datencoder_jax.errors import UserError
+from datencoder_jax.memory import PRESETS
 from datencoder_jax.plan import advice, costs, devices, hlo, measure, programs, shapes
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.chips import CHIPS
@@ -338,6 +339,23 @@ def test_what_fits_is_no_failure(recipe, planned, monkeypatch, capsys):
 def test_mistakes_are_sentences(recipe, arguments, words, capsys):
     assert cli.main(["plan", *(str(recipe) if word == "RECIPE" else word for word in arguments)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, names", [(8, ["encode", "tune", "draw", "decode"]), (24, ["encode", "tune", "draw"])])
+def test_the_programs_of_personalization(recipe, size, names):
+    base = shapes.base_of_folder(Path(load_recipe(recipe).model), "float32")
+    setting = PRESETS[size]
+    found = {p.name: p for p in programs.personalize(base, setting, 16, "lora", jax.devices()[0])}
+    assert list(found) == names
+    results = {name: jax.eval_shape(program.function, *program.arguments) for name, program in found.items()}
+    state, losses = results["tune"]
+    assert losses.shape == (programs.TUNING_STEPS,) and state.variables.embeddings.shape == (1, 12)
+    shown = jax.tree.leaves(results[names[-1]])
+    assert (setting.batch, 16, 16, 3) in [x.shape for x in shown if x.dtype == jnp.uint8]
+    weights = {name: sum(4 * x.size for x in getattr(base, name).params.values()) for name in ("unet", "vae", "text")}
+    # Tuning a LoRA reads the UNet alone; unless networks come and go, the others lie beside it.
+    others = sum(4 * x.size for x in jax.tree.leaves(base.vision)) + weights["vae"] + weights["text"]
+    assert found["tune"].resident == (0 if size == 8 else others)
 
 
 # --- slices of TPUs

@@ -12,6 +12,7 @@ from datencoder_jax.errors import UserError
 from datencoder_jax.training import distributed
 
 if TYPE_CHECKING:
+    from datencoder_jax.memory import Memory
     from datencoder_jax.pipeline import Base
     from datencoder_jax.plan.devices import Machine
     from datencoder_jax.plan.measure import Result
@@ -76,7 +77,7 @@ def _recipe(args: Namespace, machine: "Machine") -> bool:
     if "train" in args.programs:
         wanted.append(programs.train(config, base, machine.devices))
     if set(args.programs) - {"train"}:
-        setting = memory.PRESETS[args.memory[0]] if args.memory else memory.of(machine.memory or 0)
+        setting = _setting(args.memory[0]) if args.memory else memory.of(machine.memory or 0)
         one = programs.personalize(base, setting, config.resolution, args.methods[0], machine.devices[0])
         wanted += [program for program in one if program.name in args.programs]
     results = [_measured(program, machine, measure) for program in wanted]
@@ -124,7 +125,8 @@ def _complain(result: "Result") -> None:
     there = f"{room.available / 1e9:.1f} GB" if room.available else "the chip's memory"
     # A compiler that runs out may not say what it would have needed.
     needed = f"needs {room.total / 1e9:.1f} GB" if room.total > (room.available or 0) else "needs more than there is"
-    say(f"{result.program.name} does not fit: it {needed} of {there}")
+    way = "" if result.program.name == "train" else "; try --memory 8, or a lower resolution"
+    say(f"{result.program.name} does not fit: it {needed} of {there}{way}")
 
 
 def _models(args: Namespace, machine: "Machine") -> bool:
@@ -139,7 +141,7 @@ def _models(args: Namespace, machine: "Machine") -> bool:
         base = stable_diffusion(version, "bfloat16")
         for method in args.methods:
             for size in args.memory or (0, *memory.PRESETS):
-                setting = memory.PRESETS[size] if size else memory.Memory()
+                setting = _setting(size)
                 found = {}
                 device = machine.devices[0]
                 for program in programs.personalize(base, setting, args.resolution, method, device):
@@ -162,6 +164,13 @@ def _models(args: Namespace, machine: "Machine") -> bool:
             setting = f"`--memory {row['memory']}`" if row["memory"] else "none"
             say(f"| {row['model']} | {row['method']} | {setting} | {' | '.join(cells)} | {most} |")
     return all(result.fits for row in rows for result in row["programs"].values())
+
+
+def _setting(size: int) -> "Memory":
+    """What `--memory` says; 0 for no savings."""
+    from datencoder_jax.memory import PRESETS, Memory
+
+    return PRESETS.get(size, Memory())
 
 
 def _gigabytes(result: "Result") -> str:
