@@ -19,8 +19,8 @@ def run(args: Namespace) -> None:
     config: Any = load_recipe(args.config, args.variant, args.set)
     if config.stage != "encoder" or "concepts" in config.data:
         raise UserError(f"{args.config} does not train on sources of pictures: there is nothing to precompute.")
-    distributed.initialize(args.coordinator, args.processes, args.process)
-    _precompute(args, config)
+    with distributed.joined(args.coordinator, args.processes, args.process):
+        _precompute(args, config)
 
 
 def _precompute(args: Namespace, config: Any) -> None:

@@ -24,13 +24,8 @@ def run(args: Namespace) -> None:
         raise UserError("Name the folder for checkpoints and metrics with --workdir.")
     if args.export_encoder is not None and config.stage != "encoder":
         raise UserError(f"--export-encoder takes a recipe of an encoder; {args.config} is one of stage {config.stage}.")
-    try:
-        distributed.initialize(args.coordinator, args.processes, args.process)
+    with distributed.joined(args.coordinator, args.processes, args.process):
         _train(args, config)
-    except BaseException as error:
-        if distributed.is_shared():
-            distributed.leave_without_others(_status(error))
-        raise
 
 
 def _train(args: Namespace, config: Any) -> None:
@@ -88,12 +83,3 @@ def _devices() -> str:
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     device = jax.devices()[0]
     return f"{jax.device_count()} x {device.device_kind}{processes} ({device.platform})"
-
-
-def _status(error: BaseException) -> int:
-    """The exit status that the command line gives an error."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, UserError | OSError) else 1

@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from datencoder_jax.errors import UserError
@@ -106,25 +107,36 @@ def initialize(
         )
 
 
-def is_shared() -> bool:
-    """Whether this process is one of several."""
-    import jax
+@contextmanager
+def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
+    """`initialize`, then a block; after an error in it this process ends as soon as Python does.
 
-    return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def leave_without_others(status: int) -> None:
-    """Lets this process end with a status as soon as Python ends it.
-
-    For after an error: JAX would first wait for the other processes to end too, which wait in the midst of a step.
+    JAX would first wait for the other processes to end too, which themselves wait for this one in the midst of a step.
     """
+    try:
+        initialize(coordinator, processes, process)
+        yield
+    except SystemExit:  # training that was asked to stop does so in all of them
+        raise
+    except BaseException as error:
+        import jax
 
-    def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        if jax.distributed.is_initialized():
+            atexit.register(_leave, _status(error))  # what is registered last comes first, so before JAX's
+        raise
 
-    atexit.register(leave)  # what is registered last comes first, so before JAX's
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status(error: BaseException) -> int:
+    """The exit status that the command line gives an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, UserError | OSError) else 1
 
 
 # --- what a launcher says
