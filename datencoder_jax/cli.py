@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import math
 import os
 import sys
 import warnings
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 
 from datencoder_jax.checkpoints.hub import TOYWORLD
 from datencoder_jax.commands.examples import EXAMPLES
+from datencoder_jax.commands.values import integer, number, one_of
 from datencoder_jax.errors import UserError
 from datencoder_jax.toyworld.world import ACCESSORIES, CLASSES, SCENES, STYLES
 
@@ -132,11 +132,11 @@ def _add_personalize(commands: Any) -> None:
         help=f"{', '.join(_METHODS)}; the latter two need no encoder (default: %(default)s)",
     )
     add("--word", metavar="TEXT", help='what these two start at, such as "sks dog" (default: sks, thing)')
-    add("--rank", type=_integer(1), metavar="N", help="of the weight offsets of lora (default: 4)")
-    add("--steps", type=_integer(0), metavar="N", help=f"tuning steps; 0 for the start as it is (default: {_STEPS})")
+    add("--rank", type=integer(1), metavar="N", help="of the weight offsets of lora (default: 4)")
+    add("--steps", type=integer(0), metavar="N", help=f"tuning steps; 0 for the start as it is (default: {_STEPS})")
     add(
         "--learning-rates",
-        type=_number(0),
+        type=number(0),
         nargs=2,
         metavar=("EMBEDDING", "OFFSETS"),
         help="0 leaves a part as it starts (default: the method's)",
@@ -239,18 +239,18 @@ def _add_prompts(add: Callable, note: str, *, required: bool = False) -> None:
 
 
 def _add_drawing(add: Callable, blend: str) -> None:
-    add("--num", type=_integer(1), default=4, help="pictures per prompt (default: %(default)s)")
-    add("--seed", type=_integer(0, _MAX_SEED), default=0, help="the same seed gives the same pictures (default: 0)")
-    add("--resolution", type=_integer(8), metavar="PIXELS", help="side of the pictures (default: the model's own)")
+    add("--num", type=integer(1), default=4, help="pictures per prompt (default: %(default)s)")
+    add("--seed", type=integer(0, _MAX_SEED), default=0, help="the same seed gives the same pictures (default: 0)")
+    add("--resolution", type=integer(8), metavar="PIXELS", help="side of the pictures (default: the model's own)")
     add("--sampler", choices=_SAMPLERS, default=_SAMPLERS[0], help=f"{', '.join(_SAMPLERS)} (default: %(default)s)")
-    add("--sampling-steps", type=_integer(1), default=25, metavar="N", help="(default: %(default)s)")
+    add("--sampling-steps", type=integer(1), default=25, metavar="N", help="(default: %(default)s)")
     add(
         "--guidance",
-        type=_number(0),
+        type=number(0),
         metavar="SCALE",
         help="scale of classifier-free guidance; 1 for none (default: 2 for toyworld, 5 for XL, 7.5 for others)",
     )
-    add("--blend", type=_number(0, 1), metavar="A", help=blend)
+    add("--blend", type=number(0, 1), metavar="A", help=blend)
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
 
 
@@ -273,9 +273,9 @@ def _add_precompute(commands: Any) -> None:
     add = _add_command(commands, "precompute", "compute what frozen networks see of a recipe's pictures, once")
     _add_recipe(add)
     add("--out", type=Path, required=True, metavar="DIR", help="where the records go; what is there already stays")
-    add("--views", type=_integer(1), default=1, metavar="N", help="crops of each picture (default: %(default)s)")
-    add("--batch-size", type=_integer(1), default=8, metavar="N", help="pictures on a device (default: %(default)s)")
-    add("--per-file", type=_integer(1), default=1024, metavar="N", help="pictures in a file (default: %(default)s)")
+    add("--views", type=integer(1), default=1, metavar="N", help="crops of each picture (default: %(default)s)")
+    add("--batch-size", type=integer(1), default=8, metavar="N", help="pictures on a device (default: %(default)s)")
+    add("--per-file", type=integer(1), default=1024, metavar="N", help="pictures in a file (default: %(default)s)")
     _add_processes(add)
 
 
@@ -286,27 +286,25 @@ def _add_plan(commands: Any) -> None:
     _add_recipe(add, required=False)
     add("--models", nargs="+", choices=_VERSIONS, help="without a recipe: Stable Diffusion to personalize, by version")
     add("--topology", metavar="SLICE", help="a TPU slice, such as v5e:16x16 (default: the devices of this machine)")
-    add("--cpu-devices", type=_integer(1), metavar="N", help="use the CPU, split into so many devices")
+    add("--cpu-devices", type=integer(1), metavar="N", help="use the CPU, split into so many devices")
     add("--programs", nargs="+", choices=_PROGRAMS, default=_PROGRAMS, help="of a recipe; several (default: all)")
     add("--methods", nargs="+", choices=_METHODS[:2], default=_METHODS[:1], help=f"several (default: {_METHODS[0]})")
     add("--memory", nargs="+", type=int, choices=(0, 8, 16, 24), help="settings as for personalize; 0 for none")
-    add(
-        "--resolution", type=_integer(64), default=512, metavar="PIXELS", help="without a recipe (default: %(default)s)"
-    )
+    add("--resolution", type=integer(64), default=512, metavar="PIXELS", help="without a recipe (default: %(default)s)")
     add("--effort", type=float, default=-1.0, metavar="E", help="of the compiler, from -1 to 1 (default: %(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_processes(add: Callable) -> None:
-    add("--cpu-devices", type=_integer(1), metavar="N", help="use the CPU, split into so many devices")
+    add("--cpu-devices", type=integer(1), metavar="N", help="use the CPU, split into so many devices")
     add("--coordinator", metavar="HOST:PORT", help="where process 0 is reached, at a port that is free there")
     add(
         "--processes",
-        type=_integer(1),
+        type=integer(1),
         metavar="N",
         help="how many there are; 1 for this one alone, whatever started it",
     )
-    add("--process", type=_integer(0), metavar="I", help="which one this is, from 0 on")
+    add("--process", type=integer(0), metavar="I", help="which one this is, from 0 on")
 
 
 def _add_recipe(add: Callable, *, required: bool = True) -> None:
@@ -324,27 +322,27 @@ def _add_recipe(add: Callable, *, required: bool = True) -> None:
 
 def _add_toyworld(commands: Any) -> None:
     add = _add_command(commands, "toyworld", "draw an inhabitant of the embedded model's world, to play with")
-    add("--class", dest="class_name", choices=CLASSES, metavar="CLASS", help=_one_of(CLASSES))
+    add("--class", dest="class_name", choices=CLASSES, metavar="CLASS", help=one_of(CLASSES))
     add(
         "--instance",
-        type=_integer(0, 2**63 - 1),
+        type=integer(0, 2**63 - 1),
         metavar="ID",
         help="which individual (default: one the model never saw, by the seed)",
     )
-    add("--scene", choices=SCENES, default="studio", metavar="SCENE", help=_one_of(SCENES))
-    add("--style", choices=STYLES, default="flat", metavar="STYLE", help=_one_of(STYLES))
-    add("--accessory", choices=ACCESSORIES, default="none", metavar="THING", help=_one_of(ACCESSORIES))
-    add("--seed", type=_integer(0, _MAX_SEED), default=0, help="of position, scenery and choice (default: 0)")
+    add("--scene", choices=SCENES, default="studio", metavar="SCENE", help=one_of(SCENES))
+    add("--style", choices=STYLES, default="flat", metavar="STYLE", help=one_of(STYLES))
+    add("--accessory", choices=ACCESSORIES, default="none", metavar="THING", help=one_of(ACCESSORIES))
+    add("--seed", type=integer(0, _MAX_SEED), default=0, help="of position, scenery and choice (default: 0)")
     add(
         "--size",
-        type=_integer(16, 1024),
+        type=integer(16, 1024),
         default=32,
         metavar="PIXELS",
         help="side the picture is drawn at; even (default: %(default)s, the model's own)",
     )
     add(
         "--scale",
-        type=_integer(1, 64),
+        type=integer(1, 64),
         default=8,
         metavar="N",
         help="enlarge the drawn picture without smoothing, which `personalize` undoes exactly (default: %(default)s)",
@@ -380,35 +378,6 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"datencoder {metadata.version('datencoder_jax')}")
         parser.exit()
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        return int(_checked(text, int, low, high, "a whole number"))
-
-    return parse
-
-
-def _number(low: float, high: float | None = None) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        return _checked(text, float, low, high, "a number")
-
-    return parse
-
-
-def _checked(text: str, kind: type, low: float, high: float | None, what: str) -> Any:
-    wanted = f"{what} from {low} to {high}" if high is not None else f"{what} of {low} or more"
-    try:
-        value = kind(text)
-        if not math.isfinite(value) or value < low or (high is not None and value > high):
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-    return value
-
-
-def _one_of(options: Sequence[str]) -> str:
-    return "one of " + ", ".join(options)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
