@@ -141,6 +141,23 @@ def test_grain_prefetches_batches_in_their_order():
         same(batch, Feed([Colours(40, {5})], [1], **TINY).batch(step, slice(2, 6)))
 
 
+def test_two_threads_that_meet_the_same_damage_count_it_once(caplog):
+    barrier = threading.Barrier(2, timeout=20)
+
+    class Meeting(Colours):
+        def __getitem__(self, index):
+            if index in self.damaged:
+                barrier.wait()
+            return super().__getitem__(index)
+
+    feed = Feed([Meeting(40, {7})], [1], **TINY)
+    row = concepts(Feed([Colours(40)], [1], **TINY), 5).index(7)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(feed.row, [row, row])
+    same(one, other)
+    assert feed.report() == {"odd": 1} and len(caplog.records) == 1
+
+
 def test_what_the_sources_left_out_is_reported_too():
     one, two = Colours(20, {1}), Colours(20)
     one.report, two.report = {"odd": 4, "empty": 1}, {"empty": 2}

@@ -10,7 +10,7 @@ import pytest
 from checkpoint_helpers import refuses
 from PIL import Image, ImageCms
 
-from datencoder_jax.data.reading import DamagedPicture, decode, fit_square, read_image
+from datencoder_jax.data.reading import DamagedPicture, _to_srgb, decode, fit_square, read_image
 from datencoder_jax.data.sheets import labelled_sheet
 from datencoder_jax.toyworld.render import render
 from datencoder_jax.toyworld.world import Context, Instance
@@ -97,6 +97,7 @@ def test_a_profile_is_followed_and_one_that_is_srgb_changes_nothing(tmp_path):
     np.testing.assert_array_equal(same, photo())
     swapped = profile.replace(b"rXYZ", b"temp").replace(b"gXYZ", b"rXYZ").replace(b"temp", b"gXYZ")
     other = read_image(save(tmp_path / "b.png", photo(), icc_profile=swapped))
+    assert _to_srgb(profile, "RGB") is None and _to_srgb(swapped, "RGB") is not None
     np.testing.assert_allclose(other.astype(int), photo()[..., [1, 0, 2]], atol=2)
 
 

@@ -8,8 +8,10 @@ from checkpoint_helpers import refuses
 from data_helpers import bomb, encoded
 from PIL import Image
 
+from datencoder_jax.data import views
 from datencoder_jax.data.folder import Folder, printable
 from datencoder_jax.data.items import DamagedItem, Item
+from datencoder_jax.data.reading import decode
 from datencoder_jax.data.views import Crop, draw_crop, make_views
 
 WHOLE = Crop(1.0, 0.5, 0.5, False)
@@ -134,13 +136,16 @@ def test_draws_cover_what_they_may():
     assert draw_crop(rng, 1.0, False).side == 1
 
 
-def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(monkeypatch):
     content = encoded(Image.fromarray(gradient(1200, 1600)))
+    sizes = []
+    monkeypatch.setattr(views, "decode", lambda *args, **options: sizes.append(decode(*args, **options)) or sizes[-1])
     item = Item("x", content)
     decoded = Item("x", np.asarray(Image.fromarray(gradient(1200, 1600))))
     crop = Crop(0.7, 0.3, 0.6, True)
     for small, full in zip(make_views(item, crop, (64, 32), 8), make_views(decoded, crop, (64, 32), 8), strict=True):
         assert np.abs(small.astype(int) - full).max() <= 3
+    assert [picture.size for picture in sizes] == [(200, 150)]  # 92 pixels are needed: 64 / 0.7
 
 
 @pytest.mark.parametrize(
