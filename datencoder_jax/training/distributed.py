@@ -119,9 +119,8 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     except SystemExit:  # training that was asked to stop does so in all of them
         raise
     except BaseException as error:
-        import jax
-
-        if jax.distributed.is_initialized():
+        jax = sys.modules.get("jax")
+        if jax and jax.distributed.is_initialized():
             atexit.register(_leave, _status(error))  # what is registered last comes first, so before JAX's
         raise
 
