@@ -128,7 +128,7 @@ def personalize(base: Base, memory: Memory, resolution: int, method: str, device
         return
     prompts = jax.eval_shape(sampling.read, base.only("text", "text_2"), request, vectors)
     yield program("draw", sampling.denoise, (base.only("unet"), plan, request, prompts, offsets), memory.batch)
-    yield program("decode", sampling.decode, (base.only("vae"), noise), memory.batch)
+    yield program("decode", sampling.decode_checked, (base.only("vae"), noise), memory.batch)
 
 
 def _tokens(base: Base) -> int:
