@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from datencoder_jax.data.items import Item, Source
 from datencoder_jax.errors import UserError
 from datencoder_jax.toyworld.dataset import sample_item
@@ -35,22 +37,27 @@ class World:
         return Item(f"{self.split}:{index}", picture)
 
 
+def _progress() -> dict[str, bool]:
+    """Progress is shown by process 0."""
+    return {"quiet": jax.process_index() > 0}
+
+
 def _folder(**options: Any) -> Source:
     from datencoder_jax.data.folder import Folder
 
-    return Folder(**options)
+    return Folder(**_progress(), **options)
 
 
 def _shards(**options: Any) -> Source:
     from datencoder_jax.data.shards import Shards
 
-    return Shards(**options)
+    return Shards(**_progress(), **options)
 
 
 def _tfds(**options: Any) -> Source:
     from datencoder_jax.data.tfds_source import open_tfds
 
-    return open_tfds(**options)
+    return open_tfds(**_progress(), **options)
 
 
 def _records(**options: Any) -> Source:
