@@ -153,11 +153,11 @@ def test_one_process_goes_on_from_two(recipe, tmp_path, alone):
 
 
 def test_a_process_whose_fellow_dies_ends_too(recipe, tmp_path):
-    plan = {"log": 3, "pause": 0.2, "heartbeat": 10}
+    plan = {"log": 3, "pause": 0.2}
     folders = [tmp_path / act for act in ("fail", "kill")]
     for folder in folders:
         folder.mkdir()
-    failing = Pair(recipe, folders[0], process=1, act="fail", **plan)
+    failing = Pair(recipe, folders[0], process=1, act="fail", heartbeat=20, **plan)
     killed = Pair(recipe, folders[1], process=0, act="kill", **plan)
     (dead, _, _), (other, _, noise) = killed.ends()
     assert dead == -signal.SIGKILL and other not in (0, None) and "another task died" in noise
