@@ -78,7 +78,7 @@ def settings(**changes) -> ConfigDict:
             "b2": 0.99,
         },
         "mesh": {"data": -1, "fsdp": 1},
-        "threads": 2,
+        "threads": 1,
         "max_bad_steps": 3,
         "log_every": 1,
         "preview_every": 0,

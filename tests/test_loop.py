@@ -181,9 +181,13 @@ def test_the_host_asks_for_numbers_only_when_they_are_logged(tmp_path, monkeypat
 
 def test_batches_are_drawn_once_each_by_other_threads(tmp_path):
     drawn = []
-    run(tmp_path, Line(on_batch=lambda step, rows: drawn.append((step, rows, threading.current_thread().name))))
-    assert sorted(step for step, _, _ in drawn) == list(range(6))
-    assert all(rows == slice(0, BATCH) and name != "MainThread" for _, rows, name in drawn)
+
+    def seen(step, rows):
+        drawn.append((step, rows.start, rows.stop, threading.current_thread().name))
+
+    run(tmp_path, Line(on_batch=seen), threads=3)
+    assert sorted(row[:3] for row in drawn) == [(s, *rows) for s in range(6) for rows in ((0, 3), (3, 5), (5, 8))]
+    assert all(name != "MainThread" for *_, name in drawn)
 
 
 def test_a_mistake_in_the_data_is_told(tmp_path):
@@ -196,7 +200,16 @@ def test_a_mistake_in_the_data_is_told(tmp_path):
     assert threading.active_count() < 40
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (2, 4), (4, 2), (1, 2)])
+def test_an_interruption_leaves_no_record_of_its_own(tmp_path):
+    """Between two that are due: the log has to be that of a run without it."""
+    stop = Line(on_log=lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 1 else None)
+    with pytest.raises(SystemExit, match="interrupted at step 3"):
+        run(tmp_path, stop, log_every=2)
+    run(tmp_path, log_every=2)
+    assert [record["step"] for record in records(tmp_path) if "loss" in record] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (2, 4)])
 def test_losses_do_not_depend_on_the_devices(tmp_path, uninterrupted, data, fsdp):
     run(tmp_path, mesh={"data": data, "fsdp": fsdp})
     expected = [record["loss"] for record in uninterrupted[2] if "loss" in record]

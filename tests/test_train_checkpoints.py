@@ -76,7 +76,7 @@ def test_a_run_killed_while_it_saves_goes_on_exactly(killed, straight, tmp_path)
     assert [path.name for path in (workdir / "checkpoints").glob("20*")]  # cut short
     assert losses(workdir)[-1] != straight[1][-2]["loss"]
     drawn = []
-    run(workdir, Line(on_batch=lambda step, rows: drawn.append(step)), **LONG)
+    run(workdir, Line(on_batch=lambda step, rows: drawn.append(step)), threads=1, **LONG)
     step, found = newest(workdir)
     assert step == 40 and sorted(drawn) == list(range(10, 40))
     same(found["state"], straight[0])
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(again, how, capsys
     spoil(again, 4, how)
     drawn = []
     task = Line(identity={"base": "aaaa", "data": "shards"}, on_batch=lambda step, rows: drawn.append(step))
-    run(again, task, steps=4, checkpoint_every=1)
+    run(again, task, steps=4, checkpoint_every=1, threads=1)
     assert "checkpoint 4 cannot be read" in (said := capsys.readouterr().out) and "going on from 3" in said
     assert drawn == [3] and newest(again)[0] == 4 and (again / "checkpoints" / "4.unreadable").is_dir()
 

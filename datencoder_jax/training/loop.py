@@ -149,13 +149,7 @@ def fit(
 
 
 def _train(
-    task: Task,
-    config: Any,
-    workdir: Path,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    resumed: bool,
+    task: Task, config: Any, workdir: Path, mesh: Mesh, checkpoints: Checkpoints, state: TrainState, resumed: bool
 ) -> TrainState:
     """The steps that are left, and what is done between them."""
     first, seconds = int(state.step), 60 * config.checkpoint_minutes
@@ -173,7 +167,7 @@ def _train(
             batch = next(batches, None)
             log.bar.update()
             last, stop = done == config.steps, interrupt.asked(done)
-            logged = last or stop or done % config.log_every == 0
+            logged = last or done % config.log_every == 0
             if logged:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 in_a_row = values.pop("in_a_row")

@@ -7,9 +7,10 @@ averages, so that a device holds one part in `fsdp` of them and fetches the rest
 rule for sizes that do not divide: a parameter whose split dimension is no multiple of `fsdp` is on every device whole.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -164,21 +165,28 @@ def batches(
         import grain
     except ImportError as error:
         raise UserError('Grain is not installed: pip install "datencoder_jax[pretrain]"') from error
-    rows, sharding = rows_here(batch_size, mesh), NamedSharding(mesh, BY_ROW)
+    sharding, workers = NamedSharding(mesh, BY_ROW), max(threads, 1)
+    pieces = [piece for rows in rows_here(batch_size, mesh) for piece in _split(rows, workers)]
 
-    def local(step: int) -> dict[str, np.ndarray]:
-        parts = [draw(step, part) for part in rows]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
+    def piece(index: int) -> dict[str, np.ndarray]:
+        step, k = divmod(index, len(pieces))
+        return draw(step, pieces[k])
 
-    def place_rows(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def together(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {
             name: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
-            for name, x in batch.items()
+            for name, x in rows.items()
         }
 
-    drawn = grain.MapDataset.range(steps.start, steps.stop).map(local)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads if threads else 0)
-    ahead = grain.experimental.ThreadPrefetchIterDataset(
-        drawn.to_iter_dataset(options).map(place_rows), prefetch_buffer_size=2
-    )
-    return iter(ahead)
+    # Threads share a batch, so that what waits in memory is a batch or two, whatever the number of threads.
+    drawn = grain.MapDataset.range(steps.start * len(pieces), steps.stop * len(pieces)).map(piece)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * workers if threads else 0)
+    whole = drawn.to_iter_dataset(options).batch(len(pieces), drop_remainder=True, batch_fn=together)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(whole, prefetch_buffer_size=2))
+
+
+def _split(rows: slice, parts: int) -> list[slice]:
+    """Consecutive parts of about one size, none of them empty."""
+    bounds = np.linspace(rows.start, rows.stop, min(parts, rows.stop - rows.start) + 1).round().astype(int).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
