@@ -337,7 +337,8 @@ def _mean_cosine(v: jax.Array) -> jax.Array:
     """Mean cosine between different rows: near 1 means that all concepts have become one word."""
     unit = v / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), 1e-12)
     count = len(v)
-    return (jnp.square(unit.sum(axis=0)).sum() - count) / float(max(count * (count - 1), 1))  # of all pairs, without the pairs
+    ordered = float(max(count * (count - 1), 1))  # pairs of different rows
+    return (jnp.square(unit.sum(axis=0)).sum() - count) / ordered
 
 
 def _distinct(words: jax.Array) -> jax.Array:
