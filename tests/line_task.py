@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from PIL import Image
 
+from datencoder_jax.compilation import compiler_options
 from datencoder_jax.errors import UserError
 from datencoder_jax.training.logbook import TIMES
 from datencoder_jax.training.loop import fit
@@ -94,6 +95,12 @@ def settings(**changes) -> ConfigDict:
 
 def run(workdir, task=None, *, initial=None, accept_changes=False, **changes):
     return fit(task or Line(), settings(**changes), workdir, initial=initial, accept_changes=accept_changes)
+
+
+def compile_quickly(patch):
+    """Steps of a few runs do not repay what optimising their program takes."""
+    quick = {**compiler_options(), "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    patch.setattr("datencoder_jax.training.loop.compiler_options", lambda: quick)
 
 
 def newest(workdir):

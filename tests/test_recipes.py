@@ -7,13 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from line_task import records
+from line_task import compile_quickly, records
 from tiny import pictures, random_params
 
 from datencoder_jax import api
 from datencoder_jax.checkpoints.folders import read_component
 from datencoder_jax.cli import main
-from datencoder_jax.compilation import compiler_options
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import datencoder
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
@@ -40,9 +39,7 @@ def trained(tmp_path_factory):
         for module in ("vae", "clip", "denoiser", "tuning_encoder"):
             # One program per shape of a parameter would take most of the time.
             patch.setattr(f"datencoder_jax.training.{module}.init_params", lambda kind, config, _: drawn(kind, config))
-        # Four steps do not repay what optimising a program takes.
-        quick = {**compiler_options(), "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        patch.setattr("datencoder_jax.training.loop.compiler_options", lambda: quick)
+        compile_quickly(patch)
         assert train("vae", root / "vae", f"base={root / 'base'}") == 0
         assert train("clip", root / "clip", f"base={root / 'base'}") == 0
         assert train("unet", root / "unet", f"base={root / 'base'}", f"output={root / 'model'}") == 0

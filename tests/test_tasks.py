@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.key_reuse import _core as key_reuse
-from line_task import losses, run, same
+from line_task import compile_quickly, losses, run, same
 from tiny import UNET, VAE, VISION, pictures, random_params, write_tiny_base
 
 from datencoder_jax.checkpoints.folders import write_component
@@ -51,7 +51,7 @@ def judge(_):
     labels = np.zeros((12, 2, len(LABELS)), np.int32)
     labels[:, :, LABELS.index("class")] = np.arange(12)[:, None] % 6
     views = Views(pictures(24).reshape(12, 2, 16, 16, 3), labels)
-    config = JudgeConfig(widths=(8, 16), embedding=8)
+    config = JudgeConfig(widths=(8,), embedding=8)
     return JudgeTask(config, views, views, batch_size=BATCH, temperature=0.1)
 
 
@@ -74,7 +74,7 @@ def test_no_key_is_used_twice(pipeline, make):
     key_reuse.check_key_reuse(task.loss, params, task.frozen, batch, jax.random.key(0), jnp.int32(0))
 
 
-def test_a_network_trains_alike_on_one_device_and_on_a_mesh(tmp_path):
+def test_a_network_trains_alike_on_one_device_and_on_a_mesh(tmp_path, monkeypatch):
     """Parameters of every rank split, and a loss that looks across the whole batch."""
 
     class Quick(JudgeTask):
@@ -84,6 +84,7 @@ def test_a_network_trains_alike_on_one_device_and_on_a_mesh(tmp_path):
         def preview(self, params, path):
             return {"pictures": 0.0}
 
+    compile_quickly(monkeypatch)
     task = judge(None)
     task.__class__ = Quick
     steps = {"steps": 3, "optim.lr": 1e-3}
