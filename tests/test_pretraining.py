@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import CAPTION_REPORT, INDEX_REPORT, READ_REPORT, damaged_folder
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import SIDE, pictures, write_tiny_base, write_tiny_vision, write_tiny_xl
 
 from datencoder_jax.cli import main
+from datencoder_jax.training.recipes import load_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = ("sd15_paper", "sd15_laion", "sd21_laion", "sdxl_laion", "e4t_faces")
@@ -28,12 +31,20 @@ def models(tmp_path_factory):
     return {"1.5": (small, ""), "2.1": (v, ""), "XL": (large, str(write_tiny_vision(root / "vision")))}
 
 
-@pytest.fixture(scope="module")
-def shots(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shots")
-    for number, picture in enumerate(pictures(6)):
-        Image.fromarray(picture).save(folder / f"{number}.png")
-    return folder
+@pytest.fixture
+def source(recipe, tmp_path):
+    """Where a recipe's pictures come from here: of LAION's, shards with one of everything that can be wrong."""
+    if recipe == "e4t_faces":
+        (tmp_path / "faces").mkdir()
+        for number, picture in enumerate(pictures(6)):
+            Image.fromarray(picture).save(tmp_path / "faces" / f"{number}.png")
+        return {"kind": "folder", "path": str(tmp_path / "faces")}, {}
+    if recipe == "sd15_laion":
+        (tmp_path / "shards").mkdir()
+        damaged_folder(tmp_path / "shards")
+        report = Counter(INDEX_REPORT) + Counter(READ_REPORT) + Counter(CAPTION_REPORT)
+        return {"kind": "shards", "path": str(tmp_path / "shards")}, report
+    return {"kind": "world", "count": 8, "size": 32}, {}
 
 
 def records(workdir):
@@ -41,9 +52,7 @@ def records(workdir):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_trains_resumes_exports_and_personalizes(recipe, models, shots, tmp_path, capsys):
-    from datencoder_jax.training.recipes import load_recipe
-
+def test_a_recipe_trains_resumes_exports_and_personalizes(recipe, models, source, tmp_path, capsys):
     path, workdir, encoder = CONFIGS / f"{recipe}.py", tmp_path / "run", tmp_path / "encoder"
     model, vision = models[load_recipe(path).architecture]
     values = {"model": model, "vision": vision, "resolution": SIDE, "augment.min_side": 8, "checkpoint_every": 2}
@@ -54,7 +63,7 @@ def test_a_recipe_trains_resumes_exports_and_personalizes(recipe, models, shots,
         "mesh.data": 1,
         "mesh.fsdp": 1,
         "previews": 1,
-        "data": _source(recipe, shots),
+        "data": json.dumps([source[0]]),
     }
     arguments = ["pretrain", "--config", str(path), "--variant", "smoke", "--workdir", str(workdir), "--set"]
     arguments += [f"{name}={value}" for name, value in values.items()]
@@ -64,6 +73,8 @@ def test_a_recipe_trains_resumes_exports_and_personalizes(recipe, models, shots,
     assert all(np.isfinite(value) for record in first for value in record.values() if isinstance(value, float))
     alarms = {"denoise", "contrastive", "nearest_cosine", "words", "concept_cosine", "norm", "offset_norm"}
     assert alarms | {"lr", "grad_norm", "images_per_second"} <= first[0].keys()
+    counts = {name.removeprefix("data/"): value for name, value in first[-2].items() if name.startswith("data/")}
+    assert counts == source[1]
     made = load_file(workdir / "encoder" / "model.safetensors")
 
     # As if it had ended after two steps: the same command goes on to the same weights.
@@ -77,12 +88,8 @@ def test_a_recipe_trains_resumes_exports_and_personalizes(recipe, models, shots,
 
     tower = ["--vision", vision] if vision else []
     options = ["--steps", "0", "--num", "1", "--sampling-steps", "1", "--prompt", "a photo of S*"]
-    command = ["personalize", str(shots / "0.png"), "--model", str(model), "--encoder", str(encoder), *tower]
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "shot.png")
+    command = ["personalize", str(tmp_path / "shot.png"), "--model", str(model), "--encoder", str(encoder), *tower]
     assert main([*command, *options, "--out", str(tmp_path / "out")]) == 0
     with Image.open(tmp_path / "out" / "samples.png") as sheet:
         assert sheet.size[0] > SIDE
-
-
-def _source(recipe, shots):
-    folder = {"kind": "folder", "path": str(shots)}
-    return json.dumps([folder if recipe == "e4t_faces" else {"kind": "world", "count": 8, "size": 32}])
