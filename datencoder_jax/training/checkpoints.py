@@ -79,12 +79,19 @@ def _orbax_quiet() -> Iterator[None]:
             hook(args)
 
     logger.addFilter(ours)
+    # Stays: what one failed write leaves of the others is collected later, at the end of the interpreter at the latest.
+    logging.getLogger("asyncio").addFilter(_no_orphan)
     sys.unraisablehook = unraisable
     try:
         yield
     finally:
         logger.removeFilter(ours)
         sys.unraisablehook = hook
+
+
+def _no_orphan(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return not ("never retrieved" in said and "orbax" in said)
 
 
 def _storage_reason(error: Exception, workdir: Path) -> str | None:
