@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import CAPTION_REPORT, INDEX_REPORT, READ_REPORT, damaged_folder
+from line_task import compile_quickly
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import SIDE, pictures, write_tiny_base, write_tiny_vision, write_tiny_xl
@@ -29,6 +30,11 @@ def models(tmp_path_factory):
     schedule = json.loads((v / "scheduler" / "scheduler_config.json").read_text())
     (v / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule | {"prediction_type": "v_prediction"}))
     return {"1.5": (small, ""), "2.1": (v, ""), "XL": (large, str(write_tiny_vision(root / "vision")))}
+
+
+@pytest.fixture(autouse=True)
+def _(monkeypatch):
+    compile_quickly(monkeypatch)
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 from line_task import compile_quickly, records
-from tiny import pictures, random_params
+from PIL import Image
+from tiny import random_params
 
 from datencoder_jax import api
+from datencoder_jax.checkpoints.concept_file import load_concept
 from datencoder_jax.checkpoints.folders import read_component
 from datencoder_jax.cli import main
 from datencoder_jax.errors import UserError
-from datencoder_jax.methods import datencoder
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
 from datencoder_jax.toyworld.dataset import prerender
 from datencoder_jax.toyworld.world import CLASSES, HELD_OUT
@@ -62,12 +63,14 @@ def test_the_recipes_run_one_after_another(trained):
     assert alarms <= set(log[0]) and 1 <= log[0]["words"] <= BATCH
 
 
-def test_what_they_made_is_a_model_with_its_encoder(trained):
-    pipeline = api.load(trained / "model", encoder=trained / "out")
-    assert pipeline.resolution == 32 and pipeline.encoder.config.rank == 2
-    images, ids = api.prepare(pipeline, pictures(1)), pipeline.tokenizer.encode([""])
-    made = jax.eval_shape(datencoder._predict, pipeline.base, pipeline.encoder, images, ids, jax.random.key(0))
-    assert made.embeddings.shape == (1, 16)
+def test_what_they_made_is_a_model_with_its_encoder(trained, tmp_path):
+    Image.fromarray(prerender("test", 1, workers=1)["images"][0]).save(tmp_path / "shot.png")
+    given = ["--model", str(trained / "model"), "--encoder", str(trained / "out")]
+    shown = ["--steps", "0", "--num", "1", "--sampling-steps", "1", "--prompt", "a photo of a S*"]
+    assert main(["personalize", str(tmp_path / "shot.png"), *given, *shown, "--out", str(tmp_path / "out")]) == 0
+    concept = load_concept(tmp_path / "out" / "concept.safetensors")
+    assert concept.embeddings.shape == (1, 16) and next(iter(concept.offsets.values())).down.shape[1] == 2
+    assert (tmp_path / "out" / "samples.png").is_file()
 
 
 @pytest.mark.parametrize(
