@@ -199,7 +199,7 @@ def abstract_task(
     task = TuningEncoderTask(
         sizes,
         Frozen(base, ids, templates),
-        _Nothing(),
+        None,
         None,
         batch_size=config.batch_size,
         weights=Weights(**config.weights),
@@ -215,15 +215,3 @@ def abstract_task(
         "templates": shape((count,), jnp.int32),
     }
     return task, batch
-
-
-class _Nothing:
-    """Data of a task that is compiled and not run."""
-
-    identity = ""
-
-    def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
-        raise NotImplementedError
-
-    def report(self) -> dict[str, int]:
-        return {}

@@ -134,8 +134,8 @@ class TuningEncoderTask:
     Args:
         config: of the encoder.
         frozen: the base model.
-        data: what is trained on.
-        previews: what samples are drawn of.
+        data: what is trained on; None for a task that is compiled and not run.
+        previews: what samples are drawn of; None likewise.
         accumulate: how many parts a batch is taken in.
         remat: recompute the UNet's inner states for the gradient.
         mesh: shards the contrastive loss over all its axes; None computes it densely.
@@ -146,7 +146,7 @@ class TuningEncoderTask:
         self,
         config: EncoderConfig,
         frozen: Frozen,
-        data: Data,
+        data: Data | None,
         previews: Previews | None,
         *,
         batch_size: int,
@@ -170,10 +170,11 @@ class TuningEncoderTask:
         return params | {"token_head.bias": jnp.mean(table / lengths, axis=0, where=base.words[:, None])}
 
     def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
+        assert self.data is not None
         return self.data.batch(step, rows)
 
     def data_report(self) -> dict[str, int]:
-        return self.data.report()
+        return {} if self.data is None else self.data.report()
 
     def value_and_grad(self, params: Params, frozen: Frozen, batch: dict, key: jax.Array, step: jax.Array):
         """`(L, values to log), gradient` of equation (1)."""
