@@ -28,6 +28,7 @@ def get_config(variant: str = "full") -> ConfigDict:
                 "neighbours": 3,
                 "gamma": 5.0,
                 "contrastive_warmup": 0,
+                "focus": 0.2,
             },
             "batch_size": 48,
             "accumulate": 1,

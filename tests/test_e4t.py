@@ -324,7 +324,8 @@ def task(domain):
     latents = np.random.default_rng(0).standard_normal((4, 2, 8, 8, 4)).astype(np.float16)
     tokenizer, base = domain.tokenizer, domain.base
     ids = tokenizer.encode(["a photo of S*", "S* at night"] * 4, {"S*": 1}).reshape(4, 2, -1)
-    source = Pairs(shots, latents, ids, batch_size=BATCH, share=0.5, seed=0)
+    covered = np.random.default_rng(1).random((4, 2, 8, 8)).astype(np.float16)
+    source = Pairs(shots, latents, covered, ids, batch_size=BATCH, share=0.5, seed=0)
     frozen = E4TFrozen(base, jnp.asarray(tokenizer.encode([""])), jnp.asarray(ids[0]), jnp.asarray(word(domain))[None])
     config = domain.domain.config
     return E4TTask(config, frozen, source, source.previews(2), batch_size=BATCH, weights=WEIGHTS)

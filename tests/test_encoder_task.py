@@ -32,7 +32,8 @@ def task(pipeline):
     shots = pictures(8).reshape(4, 2, 16, 16, 3)
     latents = np.random.default_rng(0).standard_normal((4, 2, 8, 8, 4)).astype(np.float16)
     ids = pipeline.tokenizer.encode(["a photo of S*", "S* at night"] * 4, {"S*": 1}).reshape(4, 2, -1)
-    source = Pairs(shots, latents, ids, batch_size=BATCH, share=0.5, seed=0)
+    covered = np.random.default_rng(1).random((4, 2, 8, 8)).astype(np.float16)
+    source = Pairs(shots, latents, covered, ids, batch_size=BATCH, share=0.5, seed=0)
     templates = pipeline.tokenizer.encode([template.format("S*") for template in TEMPLATES[:3]], {"S*": 1})
     frozen = Frozen(pipeline.base, jnp.asarray(pipeline.tokenizer.encode([""])), jnp.asarray(templates))
     return TuningEncoderTask(
@@ -94,6 +95,25 @@ def test_the_contrastive_weight_grows(pipeline, task, plain):
     (early, values), (late, _) = value(slow, pipeline.encoder.params, task.batch(0, ALL), steps=(0, 3))
     assert plain[0] - early == pytest.approx(0.75 * 0.5 * values["contrastive"], rel=1e-4)
     assert late == pytest.approx(plain[0], rel=1e-6)
+
+
+def test_errors_weigh_where_the_concept_is(pipeline, task, plain):
+    """With focus 0 each half of the picture tells its own error, and together they tell what all pixels alike tell."""
+    focused, batch = changed(task, weights=WEIGHTS._replace(focus=0.0)), task.batch(0, ALL)
+    left = np.zeros_like(batch["covered"])
+    left[:, :, :4] = 1.0
+    program = jax.jit(focused.loss)
+
+    def denoise(covered):
+        _, values = program(pipeline.encoder.params, task.frozen, batch | {"covered": covered}, KEY, jnp.int32(0))
+        return float(values["denoise"])
+
+    halves = denoise(left), denoise(1.0 - left)
+    assert np.mean(halves) == pytest.approx(plain[1]["denoise"], rel=1e-5)
+    assert halves[0] != pytest.approx(halves[1], rel=1e-3)
+    del batch["covered"]
+    [(_, values)] = value(focused, pipeline.encoder.params, batch)
+    assert values["denoise"] == pytest.approx(plain[1]["denoise"], rel=1e-6)
 
 
 def test_one_picture_has_one_word_whatever_the_target(pipeline, task, plain):
@@ -160,7 +180,7 @@ def test_batches_are_a_function_of_the_step_and_rows_are_its_rows(task):
 
 
 def test_a_single_view_per_concept_is_its_own_target(task):
-    views = {name: getattr(task.data, name)[:, :1] for name in ("images", "latents", "ids")}
+    views = {name: getattr(task.data, name)[:, :1] for name in ("images", "latents", "covered", "ids")}
     batch = replace(task.data, **views, share=1.0).batch(0, ALL)
     np.testing.assert_array_equal(batch["latents"], batch["wanted"])
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datencoder_jax.toyworld import captions, dataset, tokenizer
-from datencoder_jax.toyworld.render import render
+from datencoder_jax.toyworld.render import coverage, render
 from datencoder_jax.toyworld.world import (
     ACCESSORIES,
     CLASSES,
@@ -63,6 +63,20 @@ def test_instances_are_balanced_pure_and_all_different():
         assert len({i.main, i.second, i.accent}) == 3 and contrast(i.main, i.second) > 100
     assert {i.pattern for i in instances} == set(PATTERNS) and {i.trim for i in instances} == set(TRIMS)
     assert {i.main for i in instances} == set(COLOURS)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_coverage_is_where_individuals_differ(count):
+    """Two of a class, one main colour apart, differ where the individual is and nowhere else."""
+    context = Context("forest", accessory="hat", count=count)
+    red = dataclasses.replace(Instance.from_id(0), main="red", second="white", accent="yellow", pattern="plain")
+    blue = dataclasses.replace(red, main="blue")
+    covered = coverage(red, context, 3, 64)
+    assert covered.shape == (64, 64) and covered.min() == 0.0 and covered.max() == 1.0
+    np.testing.assert_array_equal(covered, coverage(blue, context, 3, 64))
+    apart = np.abs(render(red, context, 3, 64).astype(int) - render(blue, context, 3, 64)).max(axis=-1)
+    assert apart[covered == 0.0].max() == 0
+    assert (covered > 0.5)[apart > 100].all() and (apart > 100).sum() > 0.3 * (covered > 0.5).sum()
 
 
 def test_splits_are_disjoint_and_held_out_class_exists():

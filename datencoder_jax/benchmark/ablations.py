@@ -36,6 +36,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "denoiser_alone": {"encoder.sees": ("denoiser",)},
     "last_patches_alone": {"encoder.patch_taps": 1},
     "one_picture_each": {"pairs": 0.0},
+    "all_pixels_alike": {"weights.focus": 1.0},
 }
 """Changes to the recipe by name."""
 

@@ -55,6 +55,10 @@ def differences(
 
 def weights(differences: jax.Array, floor: jax.Array | float) -> jax.Array:
     """Equations (2) and (3): `[views, h, w]` -> the same shape, of mean 1 over each view."""
-    mask = jnp.clip((differences - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
+    return masked(jnp.clip((differences - _LOW) / (_HIGH - _LOW), 0.0, 1.0), floor)
+
+
+def masked(mask: jax.Array, floor: jax.Array | float) -> jax.Array:
+    """Equation (3): `m [views, h, w]` -> the same shape, of mean 1 over each view."""
     weight = floor + (1.0 - floor) * mask
     return weight / jnp.maximum(weight.mean(axis=(1, 2), keepdims=True), 1e-6)

@@ -140,6 +140,12 @@ class Pen:
             _paint(ImageDraw.Draw(mask), part, 255, 0.0)
             image.paste(cloth, (0, 0), mask)
 
+    def stencil(self, mask: Image.Image, ink: float) -> None:
+        """Paints what `paint` would cover as 255 in an image of mode "L"."""
+        draw = ImageDraw.Draw(mask)
+        for part in self._parts:
+            _paint(draw, part, 255, ink if part[4] else 0.0)
+
     def _cloth(self, size: tuple[int, int]) -> Image.Image:
         """The pattern over the whole canvas, anchored to the object so that it moves and scales with it."""
         cloth = Image.new("RGB", size, self.main)

@@ -42,20 +42,32 @@ def render_pair(first: Instance, second: Instance, context: Context, seed: int, 
     return _render([first, second], replace(context, count=2), seed, size)
 
 
+def coverage(instance: Instance, context: Context, seed: int, size: int = 32) -> np.ndarray:
+    """How much of each pixel of `render`'s picture the individual and what it wears cover, without its shadow.
+
+    Args:
+        instance, context, seed, size: as for `render`.
+
+    Returns:
+        float32 `[size, size]` in [0, 1].
+    """
+    side = size * SUPERSAMPLE
+    mask = Image.new("L", (side, side), 0)
+    for placement in _placements(_draws(seed), context):
+        _pen(instance, context, placement, side).stencil(mask, side * _ink(context))
+    return np.asarray(mask.reduce(SUPERSAMPLE)).astype(np.float32) / 255.0
+
+
 def _render(instances: Sequence[Instance], context: Context, seed: int, size: int) -> np.ndarray:
-    d = Draws(seed, 0x5EED, count=96)
+    d = _draws(seed)
     placements = _placements(d, context)
     side = size * SUPERSAMPLE
     sheet = Sheet(side, (255, 255, 255))
     shadow = SCENERY[context.scene](sheet, d)
-    ink = {"sketch": 0.026, "pixel": 0.04}.get(context.style, 0.019)
-    for instance, (x, y, half, flip) in zip(instances, placements, strict=True):
+    for instance, placement in zip(instances, placements, strict=True):
+        x, y, half, _ = placement
         sheet.shade(x, y + half * 0.95, half * 0.95, half * 0.13, shadow)
-        pen = Pen(instance, x * side, y * side, half * side, flip)
-        anchors = BUILDERS[instance.cls](pen)
-        add_trim(pen, anchors)
-        add_accessory(pen, anchors, context.accessory)
-        pen.paint(sheet.image, side * ink)
+        _pen(instance, context, placement, side).paint(sheet.image, side * _ink(context))
     if context.style == "pixel":
         return _pixel(sheet.image, size)
     picture = np.asarray(sheet.image.reduce(SUPERSAMPLE))
@@ -66,8 +78,30 @@ def _render(instances: Sequence[Instance], context: Context, seed: int, size: in
     return picture
 
 
-def _placements(d: Draws, context: Context) -> list[tuple[float, float, float, int]]:
-    """(x, y, half side, flip) of each object, in fractions of the frame."""
+_Placement = tuple[float, float, float, int]
+"""(x, y, half side, flip) of an object, in fractions of the frame."""
+
+
+def _draws(seed: int) -> Draws:
+    return Draws(seed, 0x5EED, count=96)
+
+
+def _ink(context: Context) -> float:
+    """Thickness of outlines, as a share of the frame."""
+    return {"sketch": 0.026, "pixel": 0.04}.get(context.style, 0.019)
+
+
+def _pen(instance: Instance, context: Context, placement: _Placement, side: int) -> Pen:
+    """All parts of one dressed object."""
+    x, y, half, flip = placement
+    pen = Pen(instance, x * side, y * side, half * side, flip)
+    anchors = BUILDERS[instance.cls](pen)
+    add_trim(pen, anchors)
+    add_accessory(pen, anchors, context.accessory)
+    return pen
+
+
+def _placements(d: Draws, context: Context) -> list[_Placement]:
     scale, x, y = d.uniform(0.94, 1.06), d.uniform(-0.04, 0.04), d.uniform(-0.025, 0.025)
     flip, other = d.choice((-1, 1)), d.choice((-1, 1))
     drop = 0.045 if context.accessory == "hat" else 0.01  # room for the hat

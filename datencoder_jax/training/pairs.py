@@ -10,7 +10,8 @@ from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prompts import TEMPLATE
 from datencoder_jax.toyworld.captions import prompt_for
 from datencoder_jax.toyworld.dataset import render_batch
-from datencoder_jax.toyworld.world import CLASSES, SPLITS, Draws, sample_context
+from datencoder_jax.toyworld.render import coverage
+from datencoder_jax.toyworld.world import CLASSES, SPLITS, Draws, Instance, sample_context
 from datencoder_jax.training.tuning_encoder import Previews
 from datencoder_jax.training.vae import encode_latents
 
@@ -24,6 +25,7 @@ class Pairs:
     Attributes:
         images: uint8 `[concepts, views, H, W, 3]`.
         latents: scaled, float16 `[concepts, views, h, w, c]`.
+        covered: how much of each pixel of a latent the concept covers, in [0, 1], float16 `[concepts, views, h, w]`.
         ids: token ids of each view's prompt with the placeholder (the id after the vocabulary), `[concepts, views, L]`.
         batch_size: of the global batch.
         share: of samples whose target is another view of the concept.
@@ -32,6 +34,7 @@ class Pairs:
 
     images: np.ndarray
     latents: np.ndarray
+    covered: np.ndarray
     ids: np.ndarray
     batch_size: int = 1
     share: float = 0.0
@@ -50,6 +53,7 @@ class Pairs:
             "images": self.images[concepts, shown],
             "latents": self.latents[concepts, shown],
             "wanted": self.latents[concepts, wanted],
+            "covered": self.covered[concepts, wanted],
             "ids": self.ids[concepts, wanted],
         }
 
@@ -73,16 +77,25 @@ def concept_views(pipeline: Pipeline, split: str, data, seed: int, classes: tupl
     """
     ids = [i for i in SPLITS[split] if CLASSES[i % len(CLASSES)] in classes]
     chosen = np.random.default_rng(seed).choice(ids, size=data.concepts, replace=False)
-    images, prompts = [], []
+    images, masks, prompts = [], [], []
     for concept in tqdm(chosen, desc=f"rendering {split}", disable=len(chosen) < 1000):
         draws = Draws(int(concept), seed, count=256)
         contexts = [sample_context(draws, flat=data.flat) for _ in range(data.views)]
         seeds = [int(draws.random() * 2**31) for _ in contexts]
         images.append(render_batch([int(concept)] * data.views, contexts, seeds))
+        instance = Instance.from_id(int(concept))
+        masks.append([coverage(instance, context, seed) for context, seed in zip(contexts, seeds, strict=True)])
         plain = [draws.random() < data.template_share for _ in contexts]
         prompts += [TEMPLATE.format(TOKEN) if p else prompt_for(c, TOKEN) for p, c in zip(plain, contexts, strict=True)]
     pictures = np.stack(images)
     latents = encode_latents(pipeline.base.vae, pictures.reshape(-1, *pictures.shape[2:]))
-    shape = (data.concepts, data.views)
+    shape, (height, width) = (data.concepts, data.views), latents.shape[1:3]
+    factor = pipeline.base.vae.config.factor
+    covered = np.array(masks, np.float32).reshape(*shape, height, factor, width, factor).mean(axis=(3, 5))
     tokens = pipeline.tokenizer.encode(prompts, {TOKEN: 1})
-    return Pairs(pictures, latents.reshape(*shape, *latents.shape[1:]), tokens.reshape(*shape, -1))
+    return Pairs(
+        pictures,
+        latents.reshape(*shape, *latents.shape[1:]),
+        covered.astype(np.float16),
+        tokens.reshape(*shape, -1),
+    )

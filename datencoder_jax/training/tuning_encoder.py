@@ -13,6 +13,8 @@ weights are ours). With photographs `I' = I`, and `p'` is one of the templates o
 The embedded world can draw a concept again, so a share `pairs` of its samples has `I'` in another scene, style or pose
 (ours): what the encoder keeps is then what the concept keeps. Also ours:
 
+- Where the data tell which pixels of `I'` the concept covers, squared errors are weighted by equation (3) of
+  `methods.focus`: the others tell little of the concept and add their noise to the gradient.
 - `t` and `e` are one for the whole batch, and `t` is one of those the method predicts at. Drawn per sample, as `t'` and
   its noise are, they are what `L_c` tells the samples apart by, and `v*` comes to name the noise, not the concept.
 - The hard path reads the nearest word `n`, and its gradient goes straight through to `v*` (`v* + sg(n - v*)`), so that
@@ -32,6 +34,7 @@ from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, snr_wei
 from datencoder_jax.encoder.features import Seen
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
 from datencoder_jax.methods.datencoder import levels, look, predict_each
+from datencoder_jax.methods.focus import masked
 from datencoder_jax.models.module import Model, init_params
 from datencoder_jax.models.vae import Posterior, pictures_at_once
 from datencoder_jax.objectives.contrastive import contrastive_dense, contrastive_ring, nearest_words
@@ -69,6 +72,7 @@ class Data(Protocol):
                           or its states classes [b, taps, d] and patches [b, P, d]
         latents           latents of I and wanted of I', scaled [b, h, w, c]; or moments [b, h, w, 2c] of I, mean and
                           log variance of the VAE's posterior; or else they are made from images
+        place             covered [b, h, w]: how much of each latent pixel of I' the concept covers; or nothing
     """
 
     @property
@@ -102,7 +106,8 @@ class Previews(NamedTuple):
 class Weights(NamedTuple):
     """Of the losses, and `gamma` of the weight over noise levels (`diffusion.schedule.snr_weight`).
 
-    The contrastive loss has its full weight after `contrastive_warmup` steps.
+    The contrastive loss has its full weight after `contrastive_warmup` steps. `focus` is what a pixel beside the
+    concept weighs, where the data tell which those are; 1 for all alike.
     """
 
     contrastive: float
@@ -111,6 +116,7 @@ class Weights(NamedTuple):
     neighbours: int
     gamma: float
     contrastive_warmup: int = 0
+    focus: float = 1.0
 
 
 class Inputs(NamedTuple):
@@ -119,6 +125,7 @@ class Inputs(NamedTuple):
     Attributes:
         features: what the encoder sees.
         noisy, t, target, weight: `z'_t'`, `t'`, what is to be predicted, and `w(t')`.
+        where: weights of the pixels; None for all alike.
         ids: of `p'`.
     """
 
@@ -128,6 +135,7 @@ class Inputs(NamedTuple):
     target: jax.Array
     weight: jax.Array
     ids: jax.Array
+    where: jax.Array | None = None
 
 
 class TuningEncoderTask:
@@ -246,6 +254,8 @@ class TuningEncoderTask:
         )
         alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[samples["t"]]
         kind = base.schedule.prediction_type
+        told = "covered" in samples and self.weights.focus < 1.0
+        where = masked(samples["covered"].astype(jnp.float32), self.weights.focus) if told else None
         return jax.lax.stop_gradient(
             Inputs(
                 features=features,
@@ -254,6 +264,7 @@ class TuningEncoderTask:
                 target=target(wanted, samples["noise"], alpha_bar, kind),
                 weight=snr_weight(alpha_bar, self.weights.gamma, kind),
                 ids=samples["ids"] if "ids" in samples else frozen.templates[samples["templates"]],
+                where=where,
             )
         )
 
@@ -261,7 +272,7 @@ class TuningEncoderTask:
         """The losses that a sample has by itself, `[b]`, and values to log."""
         v = variables.embeddings[:, 0]
         words, nearest = nearest_words(v, base.table, base.words, 1)
-        error = denoising_loss(self._denoise(variables, words, base, inputs), inputs.target)
+        error = denoising_loss(self._denoise(variables, words, base, inputs), inputs.target, where=inputs.where)
         denoise = inputs.weight * error
         penalty = norm_penalty(v, base.word_norm)
         values = {
