@@ -11,12 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from datencoder_jax import sampling
+from datencoder_jax.base import Base
 from datencoder_jax.bookkeeping import FRESH, GENERATE, Clock, blend_of
 from datencoder_jax.composition import Composition, compose
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
 from datencoder_jax.models.edits import follows_class
-from datencoder_jax.pipeline import Base, Pipeline
+from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prompts import check_prompts, placeholder
 from datencoder_jax.typing import Concept, Variables
 

@@ -23,11 +23,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.guidance import guided
 from datencoder_jax.diffusion.samplers import Plan, sample
 from datencoder_jax.models.vae import pictures_at_once
-from datencoder_jax.pipeline import Base
 from datencoder_jax.typing import Condition, Variables
 
 

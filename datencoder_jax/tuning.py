@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from datencoder_jax.base import Base, concept_state
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratified_timesteps, target
 from datencoder_jax.errors import UserError
@@ -39,7 +40,7 @@ from datencoder_jax.objectives.calibration import calibration_loss
 from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
-from datencoder_jax.pipeline import Base, concept_state, map_layers
+from datencoder_jax.pipeline import map_layers
 from datencoder_jax.typing import Condition, Gate, Variables
 
 _FUSED = 25

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from datencoder_jax.base import Base
 from datencoder_jax.checkpoints.folders import BaseParts, write_base
 from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
@@ -15,7 +16,7 @@ from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
-from datencoder_jax.pipeline import Base, Pipeline, read_pipeline
+from datencoder_jax.pipeline import Pipeline, read_pipeline
 from datencoder_jax.toyworld.tokenizer import MAX_LENGTH, write_tokenizer
 from datencoder_jax.training.encoder_stage import encoder_config
 

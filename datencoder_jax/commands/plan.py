@@ -12,8 +12,8 @@ from datencoder_jax.errors import UserError
 from datencoder_jax.training import distributed
 
 if TYPE_CHECKING:
+    from datencoder_jax.base import Base
     from datencoder_jax.memory import Memory
-    from datencoder_jax.pipeline import Base
     from datencoder_jax.plan.devices import Machine
     from datencoder_jax.plan.measure import Result
     from datencoder_jax.plan.programs import Program

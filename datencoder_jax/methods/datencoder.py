@@ -13,13 +13,13 @@ Factors are averaged, not their products: the decoders are shared, so the factor
 import jax
 import jax.numpy as jnp
 
+from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
 from datencoder_jax.encoder.features import Seen, extract, vision_features
 from datencoder_jax.methods.lora import zero_offsets
 from datencoder_jax.methods.method import Method, Setup
 from datencoder_jax.models.module import Model
-from datencoder_jax.pipeline import Base
 from datencoder_jax.typing import Condition, Features, LearningRates, Variables
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)

@@ -15,8 +15,8 @@ little of it.
 import jax
 import jax.numpy as jnp
 
+from datencoder_jax.base import Base
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
-from datencoder_jax.pipeline import Base
 from datencoder_jax.typing import Condition
 
 _LEVELS = (0.3, 0.45, 0.6, 0.75)

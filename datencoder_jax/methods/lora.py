@@ -12,8 +12,9 @@ drawing its class as before (equation (1) of `tuning`).
 import jax
 import jax.numpy as jnp
 
+from datencoder_jax.base import Base
 from datencoder_jax.methods.method import Method, Setup, embeddings_of
-from datencoder_jax.pipeline import Base, attention_shapes
+from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.typing import LearningRates, LowRank, Variables
 
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from datencoder_jax.base import Base
 from datencoder_jax.checkpoints.export import KINDS
 from datencoder_jax.errors import UserError
-from datencoder_jax.pipeline import Base, Pipeline, attention_shapes
+from datencoder_jax.pipeline import Pipeline, attention_shapes
 from datencoder_jax.typing import Dense, LearningRates, Variables
 
 

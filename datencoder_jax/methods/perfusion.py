@@ -32,11 +32,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from datencoder_jax.base import Base, concept_state
 from datencoder_jax.compilation import Program
 from datencoder_jax.methods.method import Method, Setup, embeddings_of
 from datencoder_jax.methods.text_metric import PROGRAMS as _METRIC
 from datencoder_jax.methods.text_metric import text_metric
-from datencoder_jax.pipeline import Base, attention_shapes, concept_state
+from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.prompts import TEMPLATE
 from datencoder_jax.typing import Gate, Gated, LearningRates, Variables
 

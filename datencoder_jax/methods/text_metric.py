@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
-from datencoder_jax.pipeline import Base, Pipeline
+from datencoder_jax.pipeline import Pipeline
 
 _FIRST, _SECOND = "@1", "@2"
 TEMPLATES = (

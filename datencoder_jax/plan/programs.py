@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from datencoder_jax import sampling, tuning
+from datencoder_jax.base import Base
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.memory import Memory
 from datencoder_jax.models.module import abstract_params
-from datencoder_jax.pipeline import Base, attention_shapes
+from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.training import loop
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.encoder_stage import abstract_task

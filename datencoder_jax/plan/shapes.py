@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from datencoder_jax.base import Base
 from datencoder_jax.diffusion.schedule import ScheduleConfig
 from datencoder_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
-from datencoder_jax.pipeline import Base
 
 _TEXT_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
 _TEXT_H = CLIPTextConfig(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from datencoder_jax.base import Base
 from datencoder_jax.data.images import to_float, write_grid
 from datencoder_jax.diffusion.samplers import ddim
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, snr_weight, stratified_timesteps, target
@@ -29,7 +30,6 @@ from datencoder_jax.models.module import init_params
 from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
-from datencoder_jax.pipeline import Base
 from datencoder_jax.sampling import Request, decode, sample_latents
 from datencoder_jax.training import accumulation
 from datencoder_jax.training.accumulation import CoupledLoss

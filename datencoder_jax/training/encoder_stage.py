@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from datencoder_jax.base import Base
 from datencoder_jax.checkpoints.encoder_folder import describe_encoder, read_encoder, write_encoder
 from datencoder_jax.checkpoints.hub import resolve_base
 from datencoder_jax.data.images import to_uint8
@@ -26,7 +27,7 @@ from datencoder_jax.loading import on_host
 from datencoder_jax.methods.e4t import domain_word
 from datencoder_jax.methods.method import embeddings_of
 from datencoder_jax.models.module import Model
-from datencoder_jax.pipeline import Base, Pipeline, attention_shapes, read_pipeline, with_vision
+from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
 from datencoder_jax.toyworld.world import CLASSES, HELD_OUT
 from datencoder_jax.training.anchors import read_anchors
 from datencoder_jax.training.e4t import E4TFrozen, E4TTask, E4TWeights

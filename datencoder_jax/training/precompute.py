@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from datencoder_jax.base import Base
 from datencoder_jax.data.images import to_float
 from datencoder_jax.data.items import DamagedItem, Item, Prepared, Source
 from datencoder_jax.data.records import Layout, Settings, weights_fingerprint, write_records
 from datencoder_jax.data.views import draw_crop, make_views
 from datencoder_jax.encoder.features import vision_features
 from datencoder_jax.errors import UserError
-from datencoder_jax.pipeline import Base, Pipeline
+from datencoder_jax.pipeline import Pipeline
 
 _TYPE = "float16"
 
