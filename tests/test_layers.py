@@ -1,0 +1,39 @@
+"""The layers that the models share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from datencoder_jax.models.layers import conv1x1, conv3x3, same_conv
+
+
+def plain(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 1)])
+def test_a_convolutions_gradients_are_those_of_jax(size):
+    x, kernel, weight = (
+        jax.random.normal(jax.random.key(k), shape)
+        for k, shape in enumerate([(2, 6, 5, 3), (*size, 3, 4), (2, 6, 5, 4)])
+    )
+    for argument in (0, 1):
+        found, expected = (
+            jax.grad(lambda x, k, conv=conv: (weight * conv(x, k)).sum(), argument)(x, kernel)
+            for conv in (same_conv, plain)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [conv3x3, conv1x1])
+def test_a_loop_on_a_cpu_reads_kernels_as_they_lie(make):
+    """A kernel whose inputs and outputs are exchanged by name alone is read slowly there."""
+    layer = make(4, 4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def descend(x):
+        return jax.lax.scan(lambda x, _: (x - jax.grad(lambda x: (layer(x) ** 2).sum())(x), None), x, length=3)[0]
+
+    assert "01oi" not in descend.lower(jnp.ones((1, 6, 6, 4))).compile().as_text()
