@@ -22,8 +22,8 @@ from datencoder_jax.typing import Condition
 _LEVELS = (0.3, 0.45, 0.6, 0.75)
 """The `t_j`, as shares of the schedule: where objects take their shape."""
 _DRAWS = 8
-"""Of 16, 8 and 4, all three put 0.59 of the weight on the concept (24 individuals of the embedded world); seeds agree on
-0.93, 0.92 and 0.87 of it."""
+"""Of 16, 8 and 4, all three put 0.59 of the weight on the concept (24 individuals of the embedded world); seeds agree
+on 0.93, 0.92 and 0.87 of it."""
 _LOW, _HIGH = 0.25, 0.6
 
 

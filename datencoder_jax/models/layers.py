@@ -93,7 +93,7 @@ def _same_conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **de
 
 def conv3x3(inputs: int, outputs: int, *, stride: int = 1, dtype, rngs: nnx.Rngs) -> nnx.Conv:
     """A 3x3 convolution with one pixel of zero padding."""
-    own = {"conv_general_dilated": _same_conv} if stride == 1 else {}
+    own: dict[str, Any] = {"conv_general_dilated": _same_conv} if stride == 1 else {}
     return nnx.Conv(inputs, outputs, (3, 3), strides=stride, padding=1, dtype=dtype, rngs=rngs, **own)
 
 
