@@ -7,20 +7,11 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
+from datencoder_jax import methods
+
 SUBJECTS, SIDE, PROMPTS = 128, 32, 8
 STEPS = (0, 4, 12, 50, 300)
-METHODS = (
-    "datencoder",
-    "lora",
-    "textual_inversion",
-    "dreambooth",
-    "custom_diffusion",
-    "e4t",
-    "perfusion",
-    "infusion",
-    "para",
-    "disendiff",
-)
+METHODS = tuple(methods.METHODS)
 SCORES = {
     "identity": {"label": "identity", "unit": "cosine", "better": "higher", "about": "mean cosine, judge <v3>"},
     "prompt": {
