@@ -86,7 +86,7 @@ def personalize(
         seed: of every random draw; the same seed gives the same concept on the same machine.
         resolution: side in pixels that the pictures are brought to; by default the model's own.
         learning_rates: of `v*` and of the offsets, by default the method's; 0 leaves a part as it starts.
-        config: batch of draws, views, crops.
+        config: batch of draws, views, crops, momentum; by default that of `tuning_config`.
         initial: start from these variables instead of those of the method.
         hard_word: the word of the hard path, by default the one nearest to the start's last embedding.
         options: of the method's own, such as `{"lock": "off"}` of perfusion; `Method.choices` has them.
@@ -126,10 +126,7 @@ def personalize(
     blend = blend_of(getattr(pipeline, chosen.encoder) if chosen.encoder else None, blend)
     pictures = prepare(pipeline, images, resolution)
     if config is None:
-        memory = pipeline.memory
-        config = TuningConfig(draws=memory.draws, remat=memory.remat, views=max(16, len(images)))
-        if chosen.norm_weight is not None:
-            config = replace(config, norm_weight=chosen.norm_weight)
+        config = tuning_config(pipeline, chosen, len(images), steps)
     if config.views < len(images):
         raise UserError(f"{len(images)} pictures need at least as many views, not {config.views}")
     predict_key, view_key, tune_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), PERSONALIZE), 3)
@@ -139,6 +136,7 @@ def personalize(
         variables = initial
         if variables is None:
             setup = _setup(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
+            setup = setup._replace(tuned=steps > 0)
             if chosen.several and len(setup.word_ids) != len(tokens):
                 raise UserError(
                     f"{method} takes one word of one token for each placeholder ({token}), and {word or chosen.word!r} "
@@ -239,6 +237,13 @@ def personalize(
     report = {"nearest_words": nearest, "hard_word": hard_word, "losses": losses.tolist(), "steps": steps, "seed": seed}
     report |= {"method": method, "resolution": pictures.shape[1], "trained": trained}
     return Personalized(concept, report | {"seconds": seconds})
+
+
+def tuning_config(pipeline: Pipeline, method: Method, pictures: int, steps: int) -> TuningConfig:
+    """How a method tunes where nothing else is asked for: on so many pictures, with so many steps."""
+    memory, momentum = pipeline.memory, tuning.momentum_for(steps)
+    config = TuningConfig(draws=memory.draws, views=max(16, pictures), momentum=momentum, remat=memory.remat)
+    return config if method.norm_weight is None else replace(config, norm_weight=method.norm_weight)
 
 
 def _setup(

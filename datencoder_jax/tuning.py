@@ -12,11 +12,12 @@ a batch of views, timesteps `t` and noises `e`, and takes an Adam step on
 
 The second line is DreamBooth's prior preservation (arXiv 2208.12242), for methods that ask for it: `z^p` are pictures
 that the model itself drew of the class. The soft path reads the template with `v*` in the placeholder's place and has
-the edits on, the hard path reads it with the nearest word (arXiv 2307.06925, section 4). Batch size, views, rates and
-`lambda_n` are ours. Methods with one path leave the hard one out; text that does not change while tuning is read once,
-before it. Where a reader predicts `v*` for every sample (`encoder.reading`), its encoder is among the variables, and
-the penalty is on what the prediction adds to the embeddings. In (3) `i` is the direction of a gate (`models.edits`)
-and `e` the text state where the template holds the concept, so the gate stays with the concept as that moves.
+the edits on, the hard path reads it with the nearest word (arXiv 2307.06925, section 4). Batch size, views, momentum,
+rates and `lambda_n` are ours. Methods with one path leave the hard one out; text that does not change while tuning is
+read once, before it. Where a reader predicts `v*` for every sample (`encoder.reading`), its encoder is among the
+variables, and the penalty is on what the prediction adds to the embeddings. In (3) `i` is the direction of a gate
+(`models.edits`) and `e` the text state where the template holds the concept, so the gate stays with the concept as that
+moves.
 """
 
 import math
@@ -46,7 +47,6 @@ from datencoder_jax.typing import Condition, Gate, Variables
 _FUSED = 25
 """Steps that are one program at most; a person waits for it without a word."""
 
-_ADAM = optax.scale_by_adam(b1=0.9, b2=0.99)
 _KEPT = 0.99
 """`p` of equation (3); Perfusion's."""
 
@@ -61,6 +61,7 @@ class TuningConfig:
         crop: smallest side of a crop, as a share of the picture's.
         flip: whether a view may be mirrored.
         norm_weight: `lambda_n`.
+        momentum: Adam's first decay; `momentum_for` has the one for a number of steps.
         remat: compute the UNet's inner states again for the gradient instead of keeping them, for a fraction of the
             memory at a third more work.
     """
@@ -70,6 +71,7 @@ class TuningConfig:
     crop: float = 0.9
     flip: bool = True
     norm_weight: float = 1e-3
+    momentum: float = 0.9
     remat: bool = False
 
 
@@ -150,11 +152,24 @@ def views_of(images: jax.Array, key: jax.Array, config: TuningConfig) -> jax.Arr
     return jax.vmap(view)(jnp.arange(count), share, corner, flip)
 
 
+def momentum_for(steps: int) -> float:
+    """What Adam remembers of the gradients before: a fifth of all steps at most, and ten at most (ours).
+
+    With 0.9 throughout, the first of a dozen gradients weighs a third of the last one in the last step.
+    """
+    return min(0.9, max(0.0, 1.0 - 5.0 / max(steps, 1)))
+
+
+def _adam(momentum: float = 0.9) -> optax.GradientTransformation:
+    """Without its rate; a state of it is the same for every momentum."""
+    return optax.scale_by_adam(b1=momentum, b2=0.99)
+
+
 @jax.jit
 def start(variables: Variables) -> TuneState:
     """The state before the first step, with arrays of its own, since `tune` takes its state over."""
     own = jax.tree.map(jnp.copy, variables)
-    return TuneState(jnp.int32(0), own, _ADAM.init(cast(Any, own)))
+    return TuneState(jnp.int32(0), own, _adam().init(cast(Any, own)))
 
 
 def tune_loss(variables: Variables, problem: Problem, draw_key: jax.Array, config: TuningConfig) -> jax.Array:
@@ -237,7 +252,7 @@ def tune_step(problem: Problem, state: TuneState, config: TuningConfig) -> tuple
     draw_key = jax.random.fold_in(problem.key, state.step)
     loss, grads = jax.value_and_grad(tune_loss)(state.variables, problem, draw_key, config)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
-        updates, optimiser = _ADAM.update(grads, state.optimiser, cast(Any, state.variables))
+        updates, optimiser = _adam(config.momentum).update(grads, state.optimiser, cast(Any, state.variables))
 
     def moved(rate: jax.Array, part: Any, update: Any) -> Any:
         return jax.tree.map(lambda x, u: x - rate * u, part, update)

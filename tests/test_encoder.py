@@ -358,3 +358,28 @@ def test_an_encoder_without_a_hypernetwork_predicts_words_alone_and_tunes_both(p
     assert set(start.offsets) == set(attention_shapes(pipeline.base.unet))
     assert all(not np.any(offset.up) for offset in start.offsets.values())
     assert any(np.any(offset.up) for offset in tuned.offsets.values())
+
+
+def test_gains_are_of_a_concept_that_is_not_tuned(pipeline, tmp_path):
+    gained = replace(pipeline.encoder, config=replace(pipeline.encoder.config, gains=(0.5, 2.0)))
+    write_encoder(tmp_path / "encoder", gained, pipeline.fingerprint)
+    assert read_encoder(tmp_path / "encoder", pipeline.fingerprint).config.gains == (0.5, 2.0)
+    both = (pipeline, replace(pipeline, encoder=gained))
+    options = {"config": TuningConfig(draws=2, views=2), "quiet": True}
+    plain, amplified = (api.personalize(each, pictures(1), steps=0, **options).concept for each in both)
+    shares = {path: 0.5 if "attn2.to_v" in path else 2.0 if "attn1" in path else 1.0 for path in plain.offsets}
+    assert sorted(set(shares.values())) == [0.5, 1.0, 2.0] and any("attn1.to_v" in path for path in shares)
+    for path, offset in plain.offsets.items():
+        before, after = (np.asarray(each.down) @ np.asarray(each.up) for each in (offset, amplified.offsets[path]))
+        assert before.any()
+        np.testing.assert_allclose(after, shares[path] * before, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(amplified.embeddings, plain.embeddings)
+    tuned, same = (api.personalize(each, pictures(1), steps=1, **options).concept for each in both)
+    for path, offset in tuned.offsets.items():
+        np.testing.assert_array_equal(same.offsets[path].up, offset.up)
+
+
+@pytest.mark.parametrize("gains", [(1.0, -1.0), (float("nan"), 1.0)])
+def test_gains_are_numbers(pipeline, gains):
+    with pytest.raises(ValueError, match="gains are"):
+        replace(pipeline.encoder.config, gains=gains)

@@ -14,7 +14,7 @@ from cli_helpers import fails
 from evaluate_helpers import evaluate, forget, metrics_of, model, row_of  # noqa: F401
 from PIL import Image
 
-from datencoder_jax.benchmark import making, run
+from datencoder_jax.benchmark import making, run, units
 from datencoder_jax.benchmark.entries import Row, make_rows, parse_entries, parse_steps
 from datencoder_jax.benchmark.making import make, unit_seed
 from datencoder_jax.benchmark.suites import Setup, Subject
@@ -72,6 +72,7 @@ def test_rates_of_an_entry_are_its_own_or_the_methods_and_0_where_a_part_is_off(
         ("lora:rates=1e-3", "two learning rates"),
         ("datencoder:offsets=no", "on or off"),
         ("perfusion:lock=both", "one of"),
+        ("datencoder:gains=2", "gains of cross-attention's values and of self-attention"),
         ("base:rank=2", "base takes no option"),
         ("lora@12,lora@300", "names lora twice"),
         ("lora@12+x", "'12+x'"),
@@ -279,6 +280,19 @@ def test_parts_that_are_off_stay_off(model, start, part):  # noqa: F811
     assert moved == {"offsets": True, "embeddings": True} | {part: False}
     if start == "word":
         assert concept.nearest_word == "creature"
+
+
+def test_gains_are_those_of_an_entry_where_it_names_some(model):  # noqa: F811
+    setup = Setup("toyworld", instances=2, model=model[1], encoder=model[3], draws=2)
+    named = ["datencoder", "datencoder:gains=1/1", "datencoder:gains=0/0", "datencoder:gains=0/0,embeddings=off"]
+    rows = make_rows(parse_entries(named), (0, 1))
+    drawn = {row.name: make(setup, row, 0, 0).pictures for row in rows}
+    np.testing.assert_array_equal(drawn["datencoder:gains=1/1@0"], drawn["datencoder@0"])
+    np.testing.assert_array_equal(drawn["datencoder:gains=0/0@1"], drawn["datencoder@1"])
+    assert (drawn["datencoder:gains=0/0@0"] != drawn["datencoder@0"]).any()
+    told = {row.name: units.of_row(setup, row).get("gains") for row in rows}
+    assert told["datencoder@0"] == [1.0, 1.0] and told["datencoder:gains=0/0@0"] == [0.0, 0.0]
+    assert told["datencoder@1"] is None
 
 
 def test_the_shipped_encoder_personalizes():

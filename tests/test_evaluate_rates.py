@@ -47,6 +47,7 @@ def hill(monkeypatch, tmp_path):
 
     monkeypatch.setattr(rates, "open_suite", lambda setup: Suite())
     monkeypatch.setattr(rates, "make_units", units)
+    monkeypatch.setattr(rates, "of_row", lambda setup, row: {"steps": row.steps})
     return tmp_path
 
 
@@ -82,6 +83,19 @@ def test_what_was_chosen_is_not_tried_again(hill):
     sweep(hill, SETUP, make_rows(parse_entries(["lora"]), (12, 50)), 3, again)
     assert {name for name, _ in again.trials} == {"lora@50"}
     assert set(read_rates(hill / "rates.json")["chosen"]) == {"lora@12", "lora@50"}
+
+
+def test_trials_of_another_encoder_or_momentum_are_not_taken_over(hill, monkeypatch):
+    rows = make_rows(parse_entries(["lora"]), (12,))
+    sweep(hill, SETUP, rows, 3, Work())
+    before = set(hill.glob("sweep/*"))
+    (hill / "rates.json").unlink()
+    sweep(hill, SETUP, rows, 3, Work())
+    assert set(hill.glob("sweep/*")) == before
+    (hill / "rates.json").unlink()
+    monkeypatch.setattr(rates, "of_row", lambda setup, row: {"steps": row.steps, "encoder": "another"})
+    sweep(hill, SETUP, rows, 3, Work())
+    assert len(set(hill.glob("sweep/*"))) == 2 * len(before) > 0
 
 
 def test_rates_that_fail_are_worse_than_any(hill):

@@ -16,7 +16,7 @@ from datencoder_jax import api, drawing, tuning
 from datencoder_jax.bookkeeping import PERSONALIZE
 from datencoder_jax.diffusion.schedule import alphas_cumprod, stratified_timesteps
 from datencoder_jax.errors import UserError
-from datencoder_jax.methods import datencoder
+from datencoder_jax.methods import METHODS, datencoder
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates, LowRank, Variables
 
@@ -105,6 +105,39 @@ def test_one_program_of_steps_equals_single_steps(pipeline, predicted):
     np.testing.assert_allclose(losses, single, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), together.variables, state.variables)
     assert int(together.step) == int(state.step) == STEPS
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.6])
+def test_a_step_is_adams_with_the_momentum_asked_for(pipeline, predicted, momentum):
+    config, problem = replace(CONFIG, momentum=momentum), make_problem(pipeline)
+    loss_of = jax.jit(jax.grad(tuning.tune_loss), static_argnames="config")
+    state, first, second = start(predicted), 0.0, 0.0
+    expected = np.asarray(state.variables.embeddings, np.float64)
+    for k in range(1, 4):
+        key = jax.random.fold_in(problem.key, state.step)
+        gradient = np.asarray(loss_of(state.variables, problem, key, config=config).embeddings, np.float64)
+        first = momentum * first + (1 - momentum) * gradient
+        second = 0.99 * second + 0.01 * gradient**2
+        step = (first / (1 - momentum**k)) / (np.sqrt(second / (1 - 0.99**k)) + 1e-8)
+        expected = expected - float(problem.rates.embeddings) * step
+        state, _ = tuning.tune_step(problem, state, config)
+        np.testing.assert_allclose(state.variables.embeddings, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_few_steps_have_less_momentum(pipeline, monkeypatch):
+    assert [tuning.momentum_for(steps) for steps in (0, 1, 5, 10, 50, 300)] == [0.0, 0.0, 0.0, 0.5, 0.9, 0.9]
+    assert api.tuning_config(pipeline, METHODS["perfusion"], 20, 10) == TuningConfig(
+        draws=pipeline.memory.draws, views=20, norm_weight=0.0, momentum=0.5, remat=pipeline.memory.remat
+    )
+    used = []
+
+    def run(state, problem, *, config, **options):
+        used.append(config.momentum)
+        return state, np.zeros(1)
+
+    monkeypatch.setattr(tuning, "run", run)
+    personalize(pipeline, config=None, steps=10)
+    assert used == [0.5]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

@@ -5,6 +5,7 @@ An entry is written `METHOD`, or `METHOD:OPTION=VALUE,OPTION=VALUE`, and may end
     datencoder                                as it is
     datencoder:start=word,blend=1             tuned from the class word instead of the encoder's prediction, one path
     datencoder:encoder=runs/plain/encoder     with another encoder
+    datencoder:gains=0.4/1.6@0                its prediction under other gains than the encoder's own
     lora:rank=8,rates=0/3e-3@300              these learning rates, 300 steps
     perfusion:lock=global,gate=0.8/0.1        options of the method's own; another gate when drawing
     base                                      the base model itself under the class word; it has no steps
@@ -173,7 +174,7 @@ def _parsers(method: str) -> dict[str, Callable[[str], Any]]:
     if chosen.encoder is not None:
         parsers["encoder"] = _text
     if chosen.encoder == "encoder":
-        parsers |= {"start": _start, "offsets": _switch, "embeddings": _switch}
+        parsers |= {"start": _start, "offsets": _switch, "embeddings": _switch, "gains": _gains}
     if chosen.word is not None:
         parsers["word"] = _text
     if chosen.encoder == "encoder" or "rank" in chosen.options:
@@ -202,6 +203,14 @@ def _gate(text: str) -> tuple[float, float]:
     if not (math.isfinite(beta) and 0 < tau < math.inf):
         raise ValueError("beta and tau when drawing, such as 0.6/0.1")
     return beta, tau
+
+
+def _gains(text: str) -> tuple[float, float]:
+    try:
+        values, within = (_number(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError("gains of cross-attention's values and of self-attention, such as 0.4/1.6") from None
+    return values, within
 
 
 def _number(text: str) -> float:

@@ -27,7 +27,7 @@ from datencoder_jax.typing import Concept, LowRank, Variables
 _WORDS = 3
 """The stream of a seed's draws that a start at the class word is made from; `api` uses those before."""
 _RARE = "sks"
-_TUNING = ("draws", "views", "crop", "flip", "norm_weight")
+_TUNING = ("draws", "views", "crop", "flip", "norm_weight", "momentum")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,14 @@ def open_pipeline(setup: Setup, encoder: str | None = None) -> Pipeline:
     options = {"vision": setup.vision, "dtype": setup.dtype, "memory": setup.memory}
     options["prediction_type"] = setup.prediction_type
     return api.load(setup.model, encoder=encoder or setup.encoder, **options)
+
+
+def _with_gains(pipeline: Pipeline, gains: tuple[float, float]) -> Pipeline:
+    """With others than its encoder's own."""
+    if pipeline.encoder is None:
+        return pipeline
+    encoder = replace(pipeline.encoder, config=replace(pipeline.encoder.config, gains=gains))
+    return replace(pipeline, encoder=encoder)
 
 
 @functools.cache
@@ -81,6 +89,8 @@ def make(setup: Setup, row: Row, subject: int, seed: int) -> Made:
     """
     suite, entry = open_suite(setup), row.entry
     pipeline = open_pipeline(setup.unscored, entry.encoder)
+    if "gains" in entry.options:
+        pipeline = _with_gains(pipeline, entry.options["gains"])
     who = suite.subjects[subject]
     drawing = {name: getattr(setup, name) for name in ("num", "sampler", "sampling_steps", "guidance", "resolution")}
     drawing |= {"seed": unit_seed(who, seed), "quiet": True}
@@ -106,7 +116,8 @@ def _personalize(
         options["word"] = entry.options.get("word", rare)
     elif _starts_elsewhere(entry):
         options.pop("rank", None)
-        options["initial"], options["hard_word"], predict = _start(setup, pipeline, entry, pictures, who, seed)
+        whole = pipeline if not row.steps else _with_gains(pipeline, (1.0, 1.0))
+        options["initial"], options["hard_word"], predict = _start(setup, whole, entry, pictures, who, seed)
     made = api.personalize(
         pipeline,
         pictures,
@@ -116,7 +127,7 @@ def _personalize(
         seed=seed,
         resolution=setup.resolution,
         learning_rates=row.rates,
-        config=_config(setup, pipeline, entry, len(pictures)),
+        config=_config(setup, pipeline, row, len(pictures)),
         options={name: entry.options[name] for name in chosen.choices if name in entry.options},
         quiet=True,
         **options,
@@ -125,12 +136,11 @@ def _personalize(
     return made
 
 
-def _config(setup: Setup, pipeline: Pipeline, entry: Entry, pictures: int) -> TuningConfig:
-    memory, penalty = pipeline.memory, METHODS[entry.method].norm_weight
-    config = TuningConfig(draws=setup.draws or memory.draws, remat=memory.remat, views=max(16, pictures))
-    if penalty is not None:
-        config = replace(config, norm_weight=penalty)
-    return replace(config, **{name: entry.options[name] for name in _TUNING if name in entry.options})
+def _config(setup: Setup, pipeline: Pipeline, row: Row, pictures: int) -> TuningConfig:
+    options = row.entry.options
+    config = api.tuning_config(pipeline, METHODS[row.entry.method], pictures, row.steps)
+    draws = {"draws": setup.draws} if setup.draws else {}
+    return replace(config, **draws | {name: options[name] for name in _TUNING if name in options})
 
 
 def _starts_elsewhere(entry: Entry) -> bool:

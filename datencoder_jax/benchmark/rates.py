@@ -8,6 +8,7 @@ then by quarters, the embeddings' by halves; a rate of 0 stays 0. All rows climb
 its own below `FOLDER/sweep/`, so a sweep goes on where it was killed too.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from datencoder_jax.benchmark.entries import Row
 from datencoder_jax.benchmark.making import open_suite
 from datencoder_jax.benchmark.run import execute
 from datencoder_jax.benchmark.suites import Setup
-from datencoder_jax.benchmark.units import Unit, make_units, read_made
+from datencoder_jax.benchmark.units import Unit, make_units, of_row, read_made
 from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import LearningRates
@@ -134,8 +135,10 @@ def with_rates(rows: Sequence[Row], path: Path) -> tuple[list[Row], list[str]]:
 
 def _trial(folder: Path, climb: Climb, place: Place, setup: Setup) -> list[Unit]:
     rates = climb.rates(place)
-    where = folder / "sweep" / f"{rates.embeddings:.3g}_{rates.offsets:.3g}"
-    return make_units(where, [replace(climb.row, rates=rates)], setup, 1)
+    row = replace(climb.row, rates=rates)
+    # What an earlier encoder or another momentum gave says nothing of these.
+    digest = hashlib.sha256(json.dumps(of_row(setup, row)).encode()).hexdigest()[:8]
+    return make_units(folder / "sweep" / f"{rates.embeddings:.3g}_{rates.offsets:.3g}-{digest}", [row], setup, 1)
 
 
 def _measure(setup: Setup, units: Sequence[Unit]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from datencoder_jax.benchmark.suites import Setup
 from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS
+from datencoder_jax.tuning import momentum_for
 from datencoder_jax.typing import LearningRates
 
 SETTINGS = "settings.json"
@@ -116,7 +117,7 @@ def enter(folder: Path, setup: Setup, rows: Sequence[Row], seeds: int) -> tuple[
         UserError: the folder was made with other settings; names the first that differs.
     """
     content = _content(setup)
-    told = {row.name: _of_row(setup, row) for row in rows}
+    told = {row.name: of_row(setup, row) for row in rows}
     path = folder / SETTINGS
     old: dict[str, Any] = {"settings": content, "rows": {}, "seeds": 0}
     if path.exists():
@@ -189,13 +190,20 @@ def shown_prompts(setup: Setup) -> list[str]:
     return [" / ".join(dict.fromkeys(texts)) for texts in each]
 
 
-def _of_row(setup: Setup, row: Row) -> dict[str, Any]:
-    """What a row depends on beside the settings of all: its rates, and its encoder as it now is."""
+def of_row(setup: Setup, row: Row) -> dict[str, Any]:
+    """What a row depends on beside the settings of all: rates, momentum, and its encoder as it now is."""
     about: dict[str, Any] = {"steps": row.steps, "rates": list(row.rates)}
-    if row.entry.method == BASE or (kind := METHODS[row.entry.method].encoder) is None:
+    if row.steps:
+        about["momentum"] = momentum_for(row.steps)
+    if row.entry.method == BASE:
         return about
-    encoder = getattr(open_pipeline(setup.unscored, row.entry.encoder), kind)
-    return about if encoder is None else about | {"encoder": _identity(encoder.params)}
+    method, options = METHODS[row.entry.method], row.entry.options
+    encoder = method.encoder and getattr(open_pipeline(setup.unscored, row.entry.encoder), method.encoder)
+    if not encoder:
+        return about
+    if method.encoder == "encoder" and not row.steps:
+        about["gains"] = list(options.get("gains", encoder.config.gains))
+    return about | {"encoder": _identity(encoder.params)}
 
 
 def _identity(params: Mapping[str, Any]) -> str:

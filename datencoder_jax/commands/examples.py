@@ -64,7 +64,9 @@ A method is one of `personalize --method`, or base, the model itself under the c
   rank=N, word=TEXT     of methods that have them
   prior=WEIGHT          prior preservation, for methods that have it
   encoder=DIR           another tuning-encoder; start=word for none of it; offsets=off, embeddings=off for a part
-  draws=N, views=N, crop=A, flip=on|off, norm_weight=A      of tuning
+  gains=A/B             of the offsets that a tuning-encoder predicts, without tuning: of the values of cross-attention
+                        and of self-attention
+  draws=N, views=N, crop=A, flip=on|off, norm_weight=A, momentum=A      of tuning
 
 A folder holds pictures, one of each subject, or a folder of pictures for each. It may have prompts.json (templates
 with {subject}, by kind) and subjects.json ({name: {"class": ..., "kind": ..., "files": [...]}}), or the

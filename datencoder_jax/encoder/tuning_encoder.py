@@ -14,6 +14,7 @@ untrained hypernetwork leaves the base model as it is. The `sqrt(width)` sets th
 entry of B by about r sqrt(width), as far as a step of tuning does; without it the first steps bury the base model.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -46,6 +47,8 @@ class EncoderConfig(ConfigMixin):
         anchors: how many words `a` is chosen from; 0 for none.
         anchor_dim: width of the space that pictures and the anchors' texts share.
         sees: what of equation (1) it reads beside the timestep; an inventory that is empty means no hypernetwork.
+        gains: of the offsets of cross-attention's values and of those of self-attention, in a concept that is not tuned
+            (`methods.datencoder`).
     """
 
     vision_width: int
@@ -63,11 +66,15 @@ class EncoderConfig(ConfigMixin):
     anchors: int = 0
     anchor_dim: int = 0
     sees: tuple[str, ...] = FEATURES
+    gains: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self):
         if not self.sees or not set(self.sees) <= set(FEATURES):
             raise ValueError(f"sees is {list(self.sees)} and can be of {', '.join(FEATURES)}")
         object.__setattr__(self, "sees", tuple(name for name in FEATURES if name in self.sees))
+        object.__setattr__(self, "gains", tuple(float(gain) for gain in self.gains))
+        if not all(0.0 <= gain < math.inf for gain in self.gains):
+            raise ValueError(f"gains are {self.gains}, and can be numbers of 0 or more")
         # JSON has no tuples, and a configuration has to be hashable.
         rows = tuple((str(path), int(inputs), int(outputs)) for path, inputs, outputs in self.inventory)
         object.__setattr__(self, "inventory", rows)

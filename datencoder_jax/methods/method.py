@@ -26,6 +26,7 @@ class Setup(NamedTuple):
         key: of random draws.
         rank: of low-rank edits.
         quiet: print nothing.
+        tuned: whether steps of tuning follow.
     """
 
     pipeline: Pipeline
@@ -34,6 +35,7 @@ class Setup(NamedTuple):
     key: jax.Array
     rank: int = 4
     quiet: bool = False
+    tuned: bool = True
 
 
 def by_part(variables: Variables, rates: LearningRates) -> Variables:
