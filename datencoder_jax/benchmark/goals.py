@@ -50,7 +50,7 @@ def _fast(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
         f"twentieth of its seconds",
         identity.mean >= 0 and prompt.mean >= 0 and ratio >= _FASTER,
         f"identity {_signed(identity)}, prompt {_signed(prompt)}, {_seconds(ours):.2f} s against "
-        f"{_seconds(other):.1f} s (1/{ratio:.0f})",
+        f"{_seconds(other):.1f} s (1/{ratio:.1f})",
     )
 
 
@@ -69,7 +69,7 @@ def _start(ours: Mapping, start: Mapping, base: Mapping) -> dict[str, Any] | Non
     return _goal(
         f"{OURS} without tuning keeps {_SHARE:.0%} of the identity it gains with {STEPS} steps",
         untuned.mean >= _SHARE * tuned.mean,
-        f"gains {_signed(untuned)} and {_signed(tuned)}: {untuned.mean / tuned.mean:.0%}",
+        f"gains {_signed(untuned)} and {_signed(tuned)}: {untuned.mean / tuned.mean:.1%}",
     )
 
 
@@ -80,7 +80,7 @@ def _new(ours: Mapping, base: Mapping, known: Sequence[int], unseen: Sequence[in
     return _goal(
         f"on kinds of things that no encoder saw, {OURS} keeps {_SHARE:.0%} of the identity it gains on others",
         outside.mean >= _SHARE * inside.mean,
-        f"gains {_signed(outside)} and {_signed(inside)}: {outside.mean / inside.mean:.0%}",
+        f"gains {_signed(outside)} and {_signed(inside)}: {outside.mean / inside.mean:.1%}",
     )
 
 
