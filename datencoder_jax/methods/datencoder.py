@@ -16,6 +16,8 @@ Gains above 1 draw a likeness that a dozen steps reach otherwise, and stand in t
 prompts are lost sooner. The encoder's configuration has them, chosen on individuals that serve for nothing else.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
@@ -26,7 +28,7 @@ from datencoder_jax.encoder.features import Seen, extract, vision_features
 from datencoder_jax.methods.lora import zero_offsets
 from datencoder_jax.methods.method import Method, Setup
 from datencoder_jax.models.module import Model
-from datencoder_jax.typing import Condition, Features, LearningRates, Variables
+from datencoder_jax.typing import Condition, Features, LearningRates, LowRank, Variables
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 """The `t_j` of equation (1), as shares of the schedule."""
@@ -157,8 +159,8 @@ def _amplified(predicted: Variables, gains: tuple[float, float]) -> Variables:
     def gain(path: str) -> float:
         return values if path.endswith("attn2.to_v") else within if ".attn1." in path else 1.0
 
-    offsets = {path: offset._replace(up=gain(path) * offset.up) for path, offset in predicted.offsets.items()}
-    return predicted._replace(offsets=offsets)
+    offsets = cast(dict[str, LowRank], predicted.offsets)  # the encoder predicts no others
+    return predicted._replace(offsets={path: x._replace(up=gain(path) * x.up) for path, x in offsets.items()})
 
 
 def start(setup: Setup) -> Variables:
