@@ -13,7 +13,7 @@ Tuning goes on from x. In a concept that is not tuned, each offset has a gain (o
 
 Factors are averaged, not their products: the decoders are shared, so the factors of one projection live in one basis.
 Gains above 1 draw a likeness that a dozen steps reach otherwise, and stand in the way of those steps: tuned from there,
-prompts are lost sooner. The encoder's configuration has them, chosen on individuals that serve for nothing else.
+prompts are lost sooner. The encoder's configuration has them, chosen on development individuals.
 """
 
 from typing import cast
