@@ -1,5 +1,6 @@
 """What every test runs under: eight fake CPU devices, strict types and shapes, no network, few threads."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +24,8 @@ for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from datencoder_jax.compilation import Program  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of what the tests do: their programs are kept, apart from the user's.
@@ -33,6 +36,29 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 def pytest_configure(config):
     # Two processes may write one entry at the same time; whoever finds it half-written compiles for itself.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+    # Of a checkpoint that is damaged in several places TensorStore, whose threads read them all, tells the first; those
+    # that come to their own later find nobody who waits, and the next test would be blamed.
+    config.addinivalue_line(
+        "filterwarnings",
+        r"ignore:(?s)Exception ignored in. None\b.*Event loop is closed:pytest.PytestUnraisableExceptionWarning",
+    )
+
+
+_MAPPINGS = 20_000
+"""Of memory, beyond which a process forgets its compiled programs. Linux allows it 65,530, each program takes dozens,
+and XLA aborts the process that gets no more: in the middle of a long run, in a test that has done nothing."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """After a file of tests."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MAPPINGS:
+        jax.clear_caches()
+        for each in gc.get_objects():
+            if type(each) is Program:  # isinstance asks objects that answer with warnings
+                each.forget()
 
 
 @pytest.fixture(scope="session")
