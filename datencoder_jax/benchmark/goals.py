@@ -2,12 +2,14 @@
 
 With `I`, `P` and `IP` the mean identity, prompt score and product of a row, and `g = I - I(base)` its gain,
 
-    fast    I and P of datencoder@12 are at least those of METHOD@300, at a twentieth of its seconds            (1)
-    best    IP of datencoder@12 is above that of METHOD@12, and the 95 % interval of the difference above 0     (2)
-    start   g of datencoder@0 is at least 0.8 g of datencoder@12                                                (3)
-    new     g of datencoder@12 on kinds of things held out is at least 0.8 of that on the others                (4)
+    equal   I and P of datencoder@12 are at least those of METHOD@300                                           (1)
+    fast    at a twentieth of its seconds                                                                       (2)
+    best    IP of datencoder@12 is above that of METHOD@12, and the 95 % interval of the difference above 0     (3)
+    start   g of datencoder@0 is at least 0.8 g of datencoder@12                                                (4)
+    new     g of datencoder@12 on kinds of things held out is at least 0.8 of that on the others                (5)
 
-Only goals whose rows are there are told, and differences are paired over the subjects that both rows have.
+Only goals whose rows are there are told, (2) only where one run measured both rows. Differences are paired over the
+subjects that both rows have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from datencoder_jax.benchmark.joining import JOINED
 from datencoder_jax.evaluation.scores import Interval, bootstrap
 
 OURS, STEPS, MANY = "datencoder", 12, 300
 SLOW = ("lora", "dreambooth")
-"""Methods that goal (1) is told of."""
+"""Methods that goals (1) and (2) are told of."""
 _SHARE, _FASTER = 0.8, 20.0
 
 
@@ -30,7 +33,8 @@ def goals(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     if ours is None:
         return []
     base = next((row for row in content["rows"] if row.get("method") == "base"), None)
-    found = [_fast(ours, rows[name, MANY]) for name in SLOW if (name, MANY) in rows]
+    slow = [rows[name, MANY] for name in SLOW if (name, MANY) in rows]
+    found = [goal for row in slow for goal in (_equal(ours, row), _fast(ours, row))]
     found += [_best(ours, row) for (_, steps), row in rows.items() if steps == STEPS and row["method"] != OURS]
     if base is not None and (OURS, 0) in rows:
         found.append(_start(ours, rows[OURS, 0], base))
@@ -40,17 +44,25 @@ def goals(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [goal for goal in found if goal is not None]
 
 
-def _fast(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
+def _equal(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
     identity, prompt = (_difference(ours, other, score) for score in ("identity", "prompt"))
     if identity is None or prompt is None:
         return None
-    ratio = _seconds(other) / max(_seconds(ours), 1e-9)
     return _goal(
-        f"{OURS} at {STEPS} steps: identity and prompt score at least those of {other['label']} at {MANY} steps, at a "
-        f"twentieth of its seconds",
-        identity.mean >= 0 and prompt.mean >= 0 and ratio >= _FASTER,
-        f"identity {_signed(identity)}, prompt {_signed(prompt)}, {_seconds(ours):.2f} s against "
-        f"{_seconds(other):.1f} s (1/{ratio:.1f})",
+        f"{OURS} at {STEPS} steps: identity and prompt score at least those of {other['label']} at {MANY} steps",
+        identity.mean >= 0 and prompt.mean >= 0,
+        f"identity {_signed(identity)}, prompt {_signed(prompt)}",
+    )
+
+
+def _fast(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
+    spent, slow = _seconds(ours), _seconds(other)
+    if not spent or not slow or ours.get(JOINED) != other.get(JOINED):
+        return None
+    return _goal(
+        f"{OURS} at {STEPS} steps: a twentieth of the seconds of {other['label']} at {MANY} steps",
+        slow / spent >= _FASTER,
+        f"{spent:.2f} s against {slow:.1f} s (1/{slow / spent:.1f})",
     )
 
 

@@ -15,11 +15,13 @@ import numpy as np
 
 from datencoder_jax.benchmark.entries import BASE, Row
 from datencoder_jax.benchmark.goals import goals
+from datencoder_jax.benchmark.joining import FORMAT, VERSION, check_joined, joined_rows
 from datencoder_jax.benchmark.making import Made, open_pipeline, open_suite
 from datencoder_jax.benchmark.sheets import choose_tiles, write_sheet
 from datencoder_jax.benchmark.suites import TOYWORLD, Reference, Score, Setup, means
 from datencoder_jax.benchmark.units import Unit, by_row, read_made, shown_prompts
 from datencoder_jax.checkpoints.atomic import atomic_write
+from datencoder_jax.tuning import momentum_for
 
 METRICS = "metrics.json"
 PRODUCT = "product"
@@ -35,15 +37,26 @@ class Metrics:
         folder: of the run.
         units: all of them, done or not.
         about: what `metrics.json` says of the run: `command`, `device`, `settings`.
+        others: runs whose rows are joined, as `joining.read_joined` gives them.
+
+    Raises:
+        UserError: one of the others differs from this run.
     """
 
     def __init__(
-        self, folder: Path, setup: Setup, rows: Sequence[Row], units: Sequence[Unit], about: Mapping[str, Any]
+        self,
+        folder: Path,
+        setup: Setup,
+        rows: Sequence[Row],
+        units: Sequence[Unit],
+        about: Mapping[str, Any],
+        others: Sequence[tuple[Path, Mapping[str, Any]]] = (),
     ):
         self.folder, self.setup, self.rows, self.about = folder, setup, rows, about
-        self.units = by_row(units)
+        self.units, self.others = by_row(units), others
         self.suite = open_suite(setup)
         self._known: dict[str, tuple[int, dict[str, Any]]] = {}
+        check_joined(self._frame(), others)
 
     def row(self, row: Row) -> dict[str, Any]:
         """One row of `metrics.json`."""
@@ -75,9 +88,20 @@ class Metrics:
         write_sheet(self.folder / "pictures" / "inputs.png", [shown], tiles["side"])
         rows = [self._reference(k, reference, tiles) for k, reference in enumerate(suite.references())]
         rows += [self._shown(row, tiles) for row in self.rows]
-        content = {
-            "format": "datencoder-evaluation",
-            "version": 1,
+        rows += joined_rows(rows, self.others, self.folder)
+        content = {**self._frame(), "rows": rows, "tiles": tiles, "inputs": "pictures/inputs.png"}
+        if self.setup.suite == TOYWORLD:
+            content["goals"] = goals(content)
+        with atomic_write(self.folder / METRICS) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+        return content
+
+    def _frame(self) -> dict[str, Any]:
+        """What `metrics.json` says beside rows and pictures."""
+        suite, pipeline = self.suite, open_pipeline(self.setup.unscored)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
             "suite": self.setup.suite,
             "model": pipeline.name,
             "fingerprint": pipeline.fingerprint,
@@ -86,15 +110,7 @@ class Metrics:
             "axes": dict(suite.axes),
             "groups": {name: list(indices) for name, indices in suite.groups.items()},
             "subjects": [{"name": each.name, "class": each.word} for each in suite.subjects],
-            "rows": rows,
-            "tiles": tiles,
-            "inputs": "pictures/inputs.png",
         }
-        if self.setup.suite == TOYWORLD:
-            content["goals"] = goals(content)
-        with atomic_write(self.folder / METRICS) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
-        return content
 
     def _scores(self) -> dict[str, Score]:
         scores = dict(self.suite.scores)
@@ -132,6 +148,7 @@ class Metrics:
             "options": {name: _plain(value) for name, value in row.entry.options.items()},
             "steps": None if base else row.steps,
             "rates": None if base or not row.steps else [float(rate) for rate in row.rates],
+            "momentum": None if base or not row.steps else momentum_for(row.steps),
             "seconds": _seconds(made),
             "bytes": made[0].bytes if made and not base else None,
             "trained": made[0].trained if made and not base else None,

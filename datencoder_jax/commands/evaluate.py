@@ -26,12 +26,13 @@ def run(args: Namespace) -> None:
     device = announce_device()
     from datencoder_jax.benchmark import rates
     from datencoder_jax.benchmark.entries import make_rows, parse_entries, parse_steps
+    from datencoder_jax.benchmark.joining import read_joined
     from datencoder_jax.benchmark.metrics import Metrics, make_about
     from datencoder_jax.benchmark.run import execute
     from datencoder_jax.benchmark.units import enter, make_units
 
     rows = make_rows(parse_entries(args.methods), parse_steps(args.steps))
-    jobs = _jobs(args.jobs)
+    jobs, others = _jobs(args.jobs), read_joined(args.join)
     if args.sweep and setup.suite != TOYWORLD:
         raise UserError("--sweep needs the individuals of --suite toyworld; elsewhere name chosen rates with --rates")
     work = functools.partial(execute, jobs=jobs, retry_failed=args.retry_failed)
@@ -47,7 +48,7 @@ def run(args: Namespace) -> None:
     units = make_units(args.out, rows, setup, seeds)
     command = shlex.join(["datencoder", *sys.argv[1:]])
     about = make_about(setup, seeds, command, device + (f", {jobs} jobs" if jobs > 1 else ""), jobs=jobs)
-    metrics = Metrics(args.out, setup, rows, units, about)
+    metrics = Metrics(args.out, setup, rows, units, about, others)
     for sentence in metrics.suite.missing:
         say(sentence)
     try:

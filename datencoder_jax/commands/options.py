@@ -216,6 +216,14 @@ def _add_evaluate(commands: Any) -> None:
     )
     add("--rates", type=Path, metavar="FILE", help="learning rates chosen earlier (default: rates.json in the folder)")
     add("--retry-failed", action="store_true", help="also do again what failed")
+    add(
+        "--join",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="metrics.json of other runs: their rows are taken into the table as they are",
+    )
     add("--report-only", action="store_true", help="write metrics and report from what is there, and do no more")
     _add_model(add, "--model", f"(default: {TOYWORLD})", default=TOYWORLD)
     add("--encoder", metavar="PATH", help="the tuning-encoder's folder (default: the one embedded with toyworld)")

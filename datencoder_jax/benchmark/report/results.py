@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from datencoder_jax.benchmark.joining import FORMAT, VERSION
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.scores import Interval, bootstrap
 
-FORMAT, VERSION = "datencoder-evaluation", 1
 PRODUCT = "product"
 _MAIN, _MAIN_STEPS = "datencoder", 12
 _STAGES = ("predict", "tune", "draw")

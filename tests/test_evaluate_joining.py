@@ -1,0 +1,77 @@
+"""Rows that another run measured, in the table of this one."""
+
+import json
+
+import pytest
+from evaluate_helpers import evaluate, forget, metrics_of, model, row_of  # noqa: F401
+from PIL import Image
+
+ASKED = ["--suite", "toyworld", "--instances", "2", "--seeds", "1", "--methods", "base"]
+
+
+@pytest.fixture(scope="module")
+def ran(model, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("ran") / "out"
+    assert evaluate(model, out, *ASKED) == 0
+    return out
+
+
+@pytest.fixture
+def other(ran, tmp_path):
+    """The metrics of a run somewhere else, with methods that this one has not."""
+    content = metrics_of(ran)
+    base = row_of(content, "base model, class word")
+    made = {"kind": "method", "method": "lora", "label": "lora", "pictures": "pictures/lora.png"}
+    seconds = {"predict": 0.0, "tune": 30.0, "draw": 1.0}
+    content["rows"] += [base | made | {"steps": steps, "seconds": seconds} for steps in (12, 300)]
+    content["rows"][0]["values"]["identity"] = [0.5, 0.5]  # of a row that this run has too
+    content |= {"command": "datencoder evaluate elsewhere", "device": "abacus"}
+    path = tmp_path / "there" / "metrics.json"
+    (path.parent / "pictures").mkdir(parents=True)
+    Image.new("RGB", (3, 3)).save(path.parent / "pictures" / "lora.png")
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_rows_are_taken_as_they_are_and_own_rows_stay(ran, other, model):  # noqa: F811
+    before = metrics_of(ran)
+    assert evaluate(model, ran, *ASKED, "--join", other) == 0
+    content = metrics_of(ran)
+    assert content["rows"][: len(before["rows"])] == before["rows"]
+    taken = content["rows"][len(before["rows"]) :]
+    assert [(row["label"], row["steps"]) for row in taken] == [("lora", 12), ("lora", 300)]
+    theirs = row_of(json.loads(other.read_text()), "lora", 300)
+    assert row_of(content, "lora", 300) == theirs | {
+        "joined": {"command": "datencoder evaluate elsewhere", "device": "abacus"}
+    }
+    with Image.open(ran / "pictures" / "lora.png") as sheet:
+        assert sheet.size == (3, 3)
+    assert "lora" in (ran / "report.md").read_text()
+    # Joined again, it still says who measured it.
+    again = other.parent.parent / "again"
+    assert evaluate(model, again, *ASKED, "--join", ran / "metrics.json") == 0
+    assert row_of(metrics_of(again), "lora", 12)["joined"]["device"] == "abacus"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"subjects": []}, "its subjects is not that of this run"),
+        ({"fingerprint": "0"}, "its fingerprint is not that of this run"),
+        ({"settings": {"seeds": [0]}}, "its suite is not that of this run"),
+    ],
+)
+def test_another_run_is_refused_before_anything_is_done(other, model, tmp_path, capsys, change, said):  # noqa: F811
+    other.write_text(json.dumps(json.loads(other.read_text()) | change))
+    out = tmp_path / "out"
+    assert evaluate(model, out, *ASKED, "--join", other) == 2
+    assert said in capsys.readouterr().err and not (out / "units").exists()
+
+
+def test_what_is_no_table_is_refused(model, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "metrics.json"
+    assert evaluate(model, tmp_path / "out", *ASKED, "--join", path) == 2
+    assert f"There is no {path} to join" in capsys.readouterr().err
+    path.write_text("{}")
+    assert evaluate(model, tmp_path / "out", *ASKED, "--join", path) == 2
+    assert "cannot be joined" in capsys.readouterr().err
