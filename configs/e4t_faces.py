@@ -19,5 +19,5 @@ def get_config(variant: str = "full") -> ConfigDict:
         config = smoke(config)
         config.domain = "creature"
     config.weights = ConfigDict({"norm": 0.01, "gamma": 5.0})
-    del config.encoder["blend"]
+    del config.encoder["blend"], config["draws"]
     return config

@@ -42,6 +42,7 @@ def get_config(variant: str = "full") -> ConfigDict:
                 "contrastive_warmup": 2000,
             },
             "batch_size": 256,
+            "draws": 1,
             "accumulate": 1,
             "remat": True,
             "mesh": {"data": -1, "fsdp": 1},

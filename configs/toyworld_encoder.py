@@ -32,6 +32,7 @@ def get_config(variant: str = "full") -> ConfigDict:
                 "focus": 0.2,
             },
             "batch_size": 48,
+            "draws": 1,
             "accumulate": 1,
             "remat": False,
             "steps": 16_000,

@@ -347,7 +347,7 @@ def test_the_loss_of_pretraining(task, domain, trained):
     drawn = task._drawn(base, batch, KEY)
     a = alphas_cumprod(base.schedule)[np.asarray(drawn["t"])].astype(np.float64)
     root, rest = (np.sqrt(x).reshape(-1, 1, 1, 1) for x in (a, 1 - a))
-    z = root * batch["wanted"].astype(np.float64) + rest * np.asarray(drawn["noise"], np.float64)
+    z = root * batch["wanted"][:, 0].astype(np.float64) + rest * np.asarray(drawn["noise"], np.float64)
     noisy = jnp.asarray(z, jnp.float32)
 
     @jax.jit
@@ -359,7 +359,7 @@ def test_the_loss_of_pretraining(task, domain, trained):
 
     shift = 0.1 * np.asarray(predict(noisy, drawn["t"]), np.float64)
     vectors = jnp.asarray(word(domain) + shift, jnp.float32)
-    made = draw(base, jnp.asarray(batch["ids"]), vectors, noisy, drawn["t"], offsets_of(config, params))
+    made = draw(base, jnp.asarray(batch["ids"][:, 0]), vectors, noisy, drawn["t"], offsets_of(config, params))
     error = np.square(made - np.asarray(drawn["noise"], np.float64)).mean(axis=(1, 2, 3))
     weight = np.asarray(snr_weight(jnp.asarray(a, jnp.float32), WEIGHTS.gamma, "epsilon"), np.float64)
     rho = np.linalg.norm(np.asarray(base.table, np.float64), axis=1)[np.asarray(base.words)].mean()

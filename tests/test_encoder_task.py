@@ -13,7 +13,7 @@ from tiny import pictures
 from datencoder_jax.data.images import to_float
 from datencoder_jax.encoder.features import vision_features
 from datencoder_jax.encoder.tuning_encoder import TuningEncoder
-from datencoder_jax.models.module import abstract_params
+from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.training.pairs import Pairs
 from datencoder_jax.training.templates import TEMPLATES
 from datencoder_jax.training.tuning_encoder import Frozen, TuningEncoderTask, Weights, offset_norm
@@ -21,6 +21,8 @@ from datencoder_jax.typing import LowRank, Variables
 
 BATCH = 8
 """One sample for each of the test's devices."""
+DRAWS = 2
+"""Targets of every sample."""
 ALL = slice(0, BATCH)
 KEY = jax.random.key(0)
 WEIGHTS = Weights(contrastive=0.5, norm=1e-2, temperature=0.1, neighbours=3, gamma=5.0)
@@ -33,16 +35,17 @@ def task(pipeline):
     latents = np.random.default_rng(0).standard_normal((4, 2, 8, 8, 4)).astype(np.float16)
     ids = pipeline.tokenizer.encode(["a photo of S*", "S* at night"] * 4, {"S*": 1}).reshape(4, 2, -1)
     covered = np.random.default_rng(1).random((4, 2, 8, 8)).astype(np.float16)
-    source = Pairs(shots, latents, covered, ids, batch_size=BATCH, share=0.5, seed=0)
+    source = Pairs(shots, latents, covered, ids, batch_size=BATCH, share=0.5, seed=0, draws=DRAWS)
     templates = pipeline.tokenizer.encode([template.format("S*") for template in TEMPLATES[:3]], {"S*": 1})
     frozen = Frozen(pipeline.base, jnp.asarray(pipeline.tokenizer.encode([""])), jnp.asarray(templates))
     return TuningEncoderTask(
-        pipeline.encoder.config, frozen, source, source.previews(2), batch_size=BATCH, weights=WEIGHTS
+        pipeline.encoder.config, frozen, source, source.previews(2), batch_size=BATCH, weights=WEIGHTS, draws=DRAWS
     )
 
 
 def changed(task, **changes):
-    values = {name: getattr(task, name) for name in ("config", "frozen", "data", "previews", "batch_size", "weights")}
+    same = ("config", "frozen", "data", "previews", "batch_size", "weights", "draws")
+    values = {name: getattr(task, name) for name in same}
     return TuningEncoderTask(**values | changes)
 
 
@@ -101,7 +104,7 @@ def test_errors_weigh_where_the_concept_is(pipeline, task, plain):
     """With focus 0 each half of the picture tells its own error, and together they tell what all pixels alike tell."""
     focused, batch = changed(task, weights=WEIGHTS._replace(focus=0.0)), task.batch(0, ALL)
     left = np.zeros_like(batch["covered"])
-    left[:, :, :4] = 1.0
+    left[..., :4] = 1.0
     program = jax.jit(focused.loss)
 
     def denoise(covered):
@@ -114,6 +117,25 @@ def test_errors_weigh_where_the_concept_is(pipeline, task, plain):
     del batch["covered"]
     [(_, values)] = value(focused, pipeline.encoder.params, batch)
     assert values["denoise"] == pytest.approx(plain[1]["denoise"], rel=1e-6)
+
+
+def test_each_target_counts_by_itself(pipeline, task, plain):
+    """A batch whose samples are tried on several targets has the mean loss of those targets."""
+    drawn = task._drawn(task.frozen.base, task.batch(0, ALL), KEY)
+    bands = np.asarray(drawn["t"]) * DRAWS // task.frozen.base.schedule.num_train_timesteps
+    np.testing.assert_array_equal(bands, np.tile(np.arange(DRAWS), (BATCH, 1)))  # spread over the noise levels
+    each = ("t", "noise", "wanted", "covered", "ids")
+
+    @jax.jit
+    def denoise(params, k):
+        samples = drawn | {name: jax.lax.dynamic_slice_in_dim(drawn[name], k, 1, axis=1) for name in each}
+        one = changed(task, draws=1)
+        inputs = one._inputs(task.frozen, samples)
+        variables = Model(TuningEncoder, task.config, params)(inputs.features)
+        return one._each(task.frozen.base, variables, inputs)[1]["denoise"].mean()
+
+    alone = [float(denoise(pipeline.encoder.params, k)) for k in range(DRAWS)]
+    assert np.mean(alone) == pytest.approx(plain[1]["denoise"], rel=1e-5) and alone[0] != pytest.approx(alone[1], 1e-3)
 
 
 def test_one_picture_has_one_word_whatever_the_target(pipeline, task, plain):
@@ -173,16 +195,17 @@ def test_batches_are_a_function_of_the_step_and_rows_are_its_rows(task):
     halves = [task.batch(3, rows) for rows in (slice(0, 4), slice(4, BATCH))]
     jax.tree.map(lambda whole, *parts: np.testing.assert_array_equal(whole, np.concatenate(parts)), one, *halves)
     seen, wanted = one["latents"], one["wanted"]
-    paired = [not np.array_equal(a, b) for a, b in zip(seen, wanted, strict=True)]
-    assert 0 < sum(paired) < BATCH
-    for concept, latent in zip(one["concepts"], wanted, strict=True):
-        assert any(np.array_equal(latent, view) for view in task.data.latents[concept])
+    assert wanted.shape[:2] == (BATCH, DRAWS)
+    paired = [not np.array_equal(a, b) for a, targets in zip(seen, wanted, strict=True) for b in targets]
+    assert 0 < sum(paired) < BATCH * DRAWS
+    for concept, targets in zip(one["concepts"], wanted, strict=True):
+        assert all(any(np.array_equal(z, view) for view in task.data.latents[concept]) for z in targets)
 
 
 def test_a_single_view_per_concept_is_its_own_target(task):
     views = {name: getattr(task.data, name)[:, :1] for name in ("images", "latents", "covered", "ids")}
     batch = replace(task.data, **views, share=1.0).batch(0, ALL)
-    np.testing.assert_array_equal(batch["latents"], batch["wanted"])
+    np.testing.assert_array_equal(np.repeat(batch["latents"][:, None], DRAWS, axis=1), batch["wanted"])
 
 
 def test_training_starts_in_the_midst_of_the_words(task, pipeline, monkeypatch):

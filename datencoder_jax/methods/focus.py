@@ -61,6 +61,6 @@ def weights(differences: jax.Array, floor: jax.Array | float) -> jax.Array:
 
 
 def masked(mask: jax.Array, floor: jax.Array | float) -> jax.Array:
-    """Equation (3): `m [views, h, w]` -> the same shape, of mean 1 over each view."""
+    """Equation (3): `m [..., h, w]` -> the same shape, of mean 1 over each view."""
     weight = floor + (1.0 - floor) * mask
-    return weight / jnp.maximum(weight.mean(axis=(1, 2), keepdims=True), 1e-6)
+    return weight / jnp.maximum(weight.mean(axis=(-2, -1), keepdims=True), 1e-6)

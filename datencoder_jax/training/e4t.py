@@ -37,6 +37,7 @@ from datencoder_jax.training.tuning_encoder import (
     Data,
     Inputs,
     Previews,
+    Targets,
     distinct,
     latent_shape,
     latents_of,
@@ -157,23 +158,23 @@ class E4TTask:
 
     def _inputs(self, frozen: E4TFrozen, samples: dict[str, jax.Array]) -> Inputs:
         base, t, noise = frozen.base, samples["t"], samples["noise"]
-        wanted = samples["wanted"].astype(jnp.float32) if "wanted" in samples else latents_of(base, samples)
+        # Every noisy latent has a prediction of its own, so a second target would save nothing; there is one.
+        wanted = samples["wanted"][:, 0].astype(jnp.float32) if "wanted" in samples else latents_of(base, samples)
         if "classes" in samples:
             pictures, states = None, Seen(samples["classes"], samples["patches"])
         else:
             pictures, states = to_float(samples["vision"] if "vision" in samples else samples["images"]), None
         alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[t]
         kind = base.schedule.prediction_type
-        return jax.lax.stop_gradient(
-            Inputs(
-                features=look(base, pictures, wanted, t, noise, frozen.empty_ids, states, self.config.patch_taps),
-                noisy=add_noise(wanted, noise, alpha_bar),
-                t=t,
-                target=target(wanted, noise, alpha_bar, kind),
-                weight=snr_weight(alpha_bar, self.weights.gamma, kind),
-                ids=samples["ids"] if "ids" in samples else frozen.templates[samples["templates"]],
-            )
+        features = look(base, pictures, wanted, t, noise, frozen.empty_ids, states, self.config.patch_taps)
+        targets = Targets(
+            noisy=add_noise(wanted, noise, alpha_bar),
+            t=t,
+            target=target(wanted, noise, alpha_bar, kind),
+            weight=snr_weight(alpha_bar, self.weights.gamma, kind),
+            ids=samples["ids"][:, 0] if "ids" in samples else frozen.templates[samples["templates"]],
         )
+        return jax.lax.stop_gradient(Inputs(features, targets))
 
     def _predict(self, params: Params, inputs: Inputs) -> Predicted:
         """The part of equation (1) that is trained."""
@@ -184,12 +185,13 @@ class E4TTask:
     def _each(self, frozen: E4TFrozen, predicted: Predicted, inputs: Inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Equation (2) of each sample, `[b]`, and values to log."""
         base, (shift, offsets) = frozen.base, predicted
-        prompt = base.condition(inputs.ids, (frozen.word + shift)[:, None])
+        targets = inputs.targets
+        prompt = base.condition(targets.ids, (frozen.word + shift)[:, None])
         variables = Variables(frozen.word, offsets)
         prediction = base.denoise(
-            inputs.noisy, inputs.t, prompt, offsets=base.edits(variables, prompt), remat=self.remat
+            targets.noisy, targets.t, prompt, offsets=base.edits(variables, prompt), remat=self.remat
         )
-        denoise = inputs.weight * denoising_loss(prediction, inputs.target)
+        denoise = targets.weight * denoising_loss(prediction, targets.target)
         penalty = norm_penalty(shift, base.word_norm)
         norm = offset_norm(Variables(frozen.word, jax.tree.map(lambda x: x[None], offsets)))
         values = {"denoise": denoise, "shift": jnp.sqrt(penalty), "offset_norm": norm}

@@ -137,6 +137,7 @@ def train_encoder(config, workdir: Path, **options) -> None:
         parts.data,
         parts.previews,
         weights=Weights(**config.weights),
+        draws=config.draws,
         mesh=parts.mesh if parts.mesh.size > 1 else None,
         anchors=anchors,
         **parts.common,
@@ -252,7 +253,8 @@ def _pairs(config, pipeline: Pipeline) -> tuple[Data, Previews]:
     few.concepts = min(32, config.data.concepts)
     few.template_share = 0.0
     held_out = concept_views(pipeline, "validation", few, 0, named or CLASSES)
-    return replace(source, batch_size=config.batch_size, share=config.pairs, seed=config.seed), held_out.previews(32)
+    drawn = {"batch_size": config.batch_size, "share": config.pairs, "draws": config.get("draws", 1)}
+    return replace(source, **drawn, seed=config.seed), held_out.previews(32)
 
 
 def _pictures(config, pipeline: Pipeline) -> tuple[Data, Previews]:
@@ -294,6 +296,7 @@ def abstract_task(
         None,
         batch_size=config.batch_size,
         weights=Weights(**config.weights),
+        draws=config.draws,
         accumulate=config.accumulate,
         remat=config.remat,
         mesh=mesh if mesh.size > 1 else None,

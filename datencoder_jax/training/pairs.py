@@ -28,8 +28,9 @@ class Pairs:
         covered: how much of each pixel of a latent the concept covers, in [0, 1], float16 `[concepts, views, h, w]`.
         ids: token ids of each view's prompt with the placeholder (the id after the vocabulary), `[concepts, views, L]`.
         batch_size: of the global batch.
-        share: of samples whose target is another view of the concept.
+        share: of targets that are another view of the concept.
         seed: of what is drawn.
+        draws: targets per sample.
     """
 
     images: np.ndarray
@@ -39,22 +40,24 @@ class Pairs:
     batch_size: int = 1
     share: float = 0.0
     seed: int = 0
+    draws: int = 1
 
     def batch(self, step: int, rows: slice) -> dict[str, np.ndarray]:
         draw = np.random.default_rng([self.seed, step])
         concepts = draw.integers(len(self.images), size=self.batch_size)
-        views = self.images.shape[1]
+        views, each = self.images.shape[1], (self.batch_size, self.draws)
         shown = draw.integers(views, size=self.batch_size)
-        other = (shown + draw.integers(1, max(views, 2), size=self.batch_size)) % views
-        wanted = np.where(draw.random(self.batch_size) < self.share, other, shown)
+        other = (shown[:, None] + draw.integers(1, max(views, 2), size=each)) % views
+        wanted = np.where(draw.random(each) < self.share, other, shown[:, None])
         concepts, shown, wanted = concepts[rows], shown[rows], wanted[rows]
+        targets = concepts[:, None], wanted
         return {
             "concepts": concepts.astype(np.int32),
             "images": self.images[concepts, shown],
             "latents": self.latents[concepts, shown],
-            "wanted": self.latents[concepts, wanted],
-            "covered": self.covered[concepts, wanted],
-            "ids": self.ids[concepts, wanted],
+            "wanted": self.latents[targets],
+            "covered": self.covered[targets],
+            "ids": self.ids[targets],
         }
 
     def report(self) -> dict[str, int]:

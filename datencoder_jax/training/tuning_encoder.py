@@ -1,20 +1,22 @@
 """Pretraining the tuning-encoder on a frozen base model.
 
-For a picture `I` of a concept, its latent `z`, and a picture `I'` with latent `z'` that prompt `p'` describes with the
-placeholder in the concept's place,
+For a picture `I` of a concept, its latent `z`, and pictures `I'_k` with latents `z'_k` that prompts `p'_k` describe
+with the placeholder in the concept's place,
 
     x      = E(I, sqrt(a_t) z + sqrt(1 - a_t) e, t)                       prediction, one per sample
-    L_den  = w(t') mean |unet(z'_t', t'; dual path of x under p') - target|^2
+    L_den  = 1/K sum_k w(t'_k) mean |unet(z'_k,t'_k, t'_k; dual path of x under p'_k) - target_k|^2
     L      = L_den + lambda_c L_c + lambda_n L_n                          per example, mean last         (1)
 
 with the capped weight `w` of `diffusion.schedule.snr_weight`, the nearest-neighbour contrastive loss `L_c` over the
 global batch, whose weight grows over its first steps, and the norm penalty `L_n` (arXiv 2307.06925, section 3; the
-weights are ours). With photographs `I' = I`, and `p'` is one of the templates of Textual Inversion.
-The embedded world can draw a concept again, so a share `pairs` of its samples has `I'` in another scene, style or pose
+weights are ours). With photographs `I'_k = I`, and `p'_k` is one of the templates of Textual Inversion.
+The embedded world can draw a concept again, so a share `pairs` of its targets has `I'` in another scene, style or pose
 (ours): what the encoder keeps is then what the concept keeps. Also ours:
 
 - Where the data tell which pixels of `I'` the concept covers, squared errors are weighted by equation (3) of
   `methods.focus`: the others tell little of the concept and add their noise to the gradient.
+- A prediction is tried on `K` targets, with noise levels spread over the schedule: the gradient is nearly all noise of
+  targets, and a target costs less than a prediction.
 - `t` and `e` are one for the whole batch, and `t` is one of those the method predicts at. Drawn per sample, as `t'` and
   its noise are, they are what `L_c` tells the samples apart by, and `v*` comes to name the noise, not the concept.
 - The hard path reads the nearest word `n`, and its gradient goes straight through to `v*` (`v* + sg(n - v*)`), so that
@@ -66,13 +68,14 @@ class Data(Protocol):
     """Batches for the task.
 
     A batch has `concepts` int32 `[b]`, equal for pictures of one concept; token ids of prompts with the placeholder
-    (the id after the vocabulary), `ids [b, L]`, or else `templates` int32 `[b]`, rows of `Frozen.templates`; and
+    (the id after the vocabulary), `ids [b, K, L]`, or else `templates` int32 `[b]`, rows of `Frozen.templates`; and
 
         pictures of `I`   images uint8 [b, H, W, 3], and vision uint8 [b, S, S, 3], the vision tower's view, if apart;
                           or its states classes [b, taps, d] and patches [b, P, d]
-        latents           latents of I and wanted of I', scaled [b, h, w, c]; or moments [b, h, w, 2c] of I, mean and
-                          log variance of the VAE's posterior; or else they are made from images
-        place             covered [b, h, w]: how much of each latent pixel of I' the concept covers; or nothing
+        latents           latents of I, scaled [b, h, w, c], and wanted of the I', [b, K, h, w, c]; or moments
+                          [b, h, w, 2c] of I, mean and log variance of the VAE's posterior; or else they are made from
+                          images
+        place             covered [b, K, h, w]: how much of each latent pixel of the I' the concept covers; or nothing
     """
 
     @property
@@ -119,23 +122,33 @@ class Weights(NamedTuple):
     focus: float = 1.0
 
 
-class Inputs(NamedTuple):
-    """What a sample's loss is computed from, an axis for the samples first: all that is not trained.
+class Targets(NamedTuple):
+    """What a prediction is tried on, axes for samples and their targets first.
 
     Attributes:
-        features: what the encoder sees.
         noisy, t, target, weight: `z'_t'`, `t'`, what is to be predicted, and `w(t')`.
-        where: weights of the pixels; None for all alike.
         ids: of `p'`.
+        where: weights of the pixels; None for all alike.
     """
 
-    features: Features
     noisy: jax.Array
     t: jax.Array
     target: jax.Array
     weight: jax.Array
     ids: jax.Array
     where: jax.Array | None = None
+
+
+class Inputs(NamedTuple):
+    """What a sample's loss is computed from, an axis for the samples first: all that is not trained.
+
+    Attributes:
+        features: what the encoder sees.
+        targets: what its prediction is tried on, `[b, K, ...]`.
+    """
+
+    features: Features
+    targets: Targets
 
 
 class TuningEncoderTask:
@@ -146,6 +159,7 @@ class TuningEncoderTask:
         frozen: the base model.
         data: what is trained on; None for a task that is compiled and not run.
         previews: what samples are drawn of; None likewise.
+        draws: `K`, targets per sample; data that have `wanted` give so many.
         accumulate: how many parts a batch is taken in.
         remat: recompute the UNet's inner states for the gradient.
         mesh: shards the contrastive loss over all its axes; None computes it densely.
@@ -162,6 +176,7 @@ class TuningEncoderTask:
         *,
         batch_size: int,
         weights: Weights,
+        draws: int = 1,
         accumulate: int = 1,
         remat: bool = False,
         mesh: jax.sharding.Mesh | None = None,
@@ -169,7 +184,8 @@ class TuningEncoderTask:
         anchors: Anchors | None = None,
     ):
         self.config, self.frozen, self.data, self.previews = config, frozen, data, previews
-        self.batch_size, self.weights, self.accumulate, self.remat = batch_size, weights, accumulate, remat
+        self.batch_size, self.weights, self.draws = batch_size, weights, draws
+        self.accumulate, self.remat = accumulate, remat
         self.mesh, self.identity, self.anchors = mesh, identity or {}, anchors
         self._drawer = jax.jit(self._draw)  # here, since a method that is jitted anew is compiled anew
 
@@ -225,8 +241,8 @@ class TuningEncoderTask:
         count, timesteps = len(batch["concepts"]), base.schedule.num_train_timesteps
         shape = latent_shape(base, batch)
         drawn = {
-            "t": stratified_timesteps(t_key, count, timesteps),
-            "noise": jax.random.normal(noise_key, (count, *shape)),
+            "t": stratified_timesteps(t_key, count * self.draws, timesteps).reshape(self.draws, count).T,
+            "noise": jax.random.normal(noise_key, (count, self.draws, *shape)),
             "seen_t": jnp.broadcast_to(jax.random.choice(level_key, levels(timesteps)), count),
             "seen_noise": jnp.broadcast_to(jax.random.normal(seen_key, shape)[None], (count, *shape)),
         }
@@ -236,8 +252,9 @@ class TuningEncoderTask:
 
     def _inputs(self, frozen: Frozen, samples: dict[str, jax.Array]) -> Inputs:
         base = frozen.base
-        latents = latents_of(base, samples)
-        wanted = samples.get("wanted", latents).astype(jnp.float32)
+        latents, noise = latents_of(base, samples), samples["noise"]
+        wanted = samples.get("wanted", latents[:, None]).astype(jnp.float32)
+        wanted = jnp.broadcast_to(wanted, noise.shape)
         if "classes" in samples:
             pictures, states = None, Seen(samples["classes"], samples["patches"])
         else:
@@ -256,24 +273,31 @@ class TuningEncoderTask:
         kind = base.schedule.prediction_type
         told = "covered" in samples and self.weights.focus < 1.0
         where = masked(samples["covered"].astype(jnp.float32), self.weights.focus) if told else None
-        return jax.lax.stop_gradient(
-            Inputs(
-                features=features,
-                noisy=add_noise(wanted, samples["noise"], alpha_bar),
-                t=samples["t"],
-                target=target(wanted, samples["noise"], alpha_bar, kind),
-                weight=snr_weight(alpha_bar, self.weights.gamma, kind),
-                ids=samples["ids"] if "ids" in samples else frozen.templates[samples["templates"]],
-                where=where,
-            )
+        targets = Targets(
+            noisy=add_noise(wanted, noise, alpha_bar),
+            t=samples["t"],
+            target=target(wanted, noise, alpha_bar, kind),
+            weight=snr_weight(alpha_bar, self.weights.gamma, kind),
+            ids=self._prompts(frozen, samples),
+            where=where,
         )
+        return jax.lax.stop_gradient(Inputs(features, targets))
+
+    def _prompts(self, frozen: Frozen, samples: dict[str, jax.Array]) -> jax.Array:
+        """Token ids of every target's prompt, `[b, K, L]`."""
+        if "ids" in samples:
+            return samples["ids"]
+        ids = frozen.templates[samples["templates"]][:, None]
+        return jnp.broadcast_to(ids, (len(ids), self.draws, ids.shape[-1]))
 
     def _each(self, base: Base, variables: Variables, inputs: Inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The losses that a sample has by itself, `[b]`, and values to log."""
         v = variables.embeddings[:, 0]
         words, nearest = nearest_words(v, base.table, base.words, 1)
-        error = denoising_loss(self._denoise(variables, words, base, inputs), inputs.target, where=inputs.where)
-        denoise = inputs.weight * error
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inputs.targets)
+        each = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), (variables, words))
+        error = denoising_loss(self._denoise(*each, base, flat), flat.target, where=flat.where)
+        denoise = (flat.weight * error).reshape(-1, self.draws).mean(axis=1)
         penalty = norm_penalty(v, base.word_norm)
         values = {
             "denoise": denoise,
@@ -283,16 +307,16 @@ class TuningEncoderTask:
         }
         return denoise + self.weights.norm * penalty, values
 
-    def _denoise(self, variables: Variables, words: jax.Array, base: Base, inputs: Inputs) -> jax.Array:
-        """The dual-path prediction for every sample under its own prompt, variables and nearest word `[b, 1]`."""
+    def _denoise(self, variables: Variables, words: jax.Array, base: Base, targets: Targets) -> jax.Array:
+        """The dual-path prediction for every target under its own prompt, variables and nearest word `[b, 1]`."""
         soft = variables.embeddings
         hard = soft + jax.lax.stop_gradient(base.table[words].astype(soft.dtype) - soft)
-        prompt = base.condition(inputs.ids, soft)
+        prompt = base.condition(targets.ids, soft)
         return base.denoise(
-            inputs.noisy,
-            inputs.t,
+            targets.noisy,
+            targets.t,
             prompt,
-            hard=base.condition(inputs.ids, hard),
+            hard=base.condition(targets.ids, hard),
             offsets=base.edits(variables, prompt),
             blend=self.config.blend,
             remat=self.remat,
