@@ -63,5 +63,6 @@ def get_config(variant: str = "full") -> ConfigDict:
     if variant == "smoke":
         config.data.concepts, config.data.views = 12, 2
         config.encoder.update(width=32, depth=1, rank=2)
+        config.draws = 2
         config.batch_size, config.steps, config.preview_every, config.log_every = 8, 4, 0, 2
     return config

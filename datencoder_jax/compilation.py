@@ -85,10 +85,6 @@ class Program:
             self._compiled[key] = self._compile(args, kwargs, quiet)
         return self._compiled[key](*args, **dynamic)
 
-    def forget(self) -> None:
-        """Lets go of what is compiled; what is called again is compiled again."""
-        self._compiled.clear()
-
     def _compile(self, args, kwargs, quiet: bool):
         enable_cache()
         if not quiet:

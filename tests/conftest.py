@@ -58,7 +58,7 @@ def forget_programs():
         jax.clear_caches()
         for each in gc.get_objects():
             if type(each) is Program:  # isinstance asks objects that answer with warnings
-                each.forget()
+                each._compiled.clear()
 
 
 @pytest.fixture(scope="session")

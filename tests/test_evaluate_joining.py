@@ -1,19 +1,30 @@
 """Rows that another run measured, in the table of this one."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from evaluate_helpers import evaluate, forget, metrics_of, model, row_of  # noqa: F401
 from PIL import Image
 
+from datencoder_jax.benchmark.joining import joined_rows
+from datencoder_jax.benchmark.report.results import read_results
+
 ASKED = ["--suite", "toyworld", "--instances", "2", "--seeds", "1", "--methods", "base"]
 
 
 @pytest.fixture(scope="module")
-def ran(model, tmp_path_factory):  # noqa: F811
+def made(model, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("ran") / "out"
     assert evaluate(model, out, *ASKED) == 0
     return out
+
+
+@pytest.fixture
+def ran(made, tmp_path):
+    """A run that this one goes on with."""
+    return Path(shutil.copytree(made, tmp_path / "ran"))
 
 
 @pytest.fixture
@@ -46,7 +57,9 @@ def test_rows_are_taken_as_they_are_and_own_rows_stay(ran, other, model):  # noq
     }
     with Image.open(ran / "pictures" / "lora.png") as sheet:
         assert sheet.size == (3, 3)
-    assert "lora" in (ran / "report.md").read_text()
+    report = read_results(ran)
+    assert report.row("lora", 300).seconds == {} and report.row("lora", 300).bytes == theirs["bytes"]
+    assert "lora, 12 steps: datencoder evaluate elsewhere, on abacus" in (ran / "report.md").read_text()
     # Joined again, it still says who measured it.
     again = other.parent.parent / "again"
     assert evaluate(model, again, *ASKED, "--join", ran / "metrics.json") == 0
@@ -58,7 +71,8 @@ def test_rows_are_taken_as_they_are_and_own_rows_stay(ran, other, model):  # noq
     [
         ({"subjects": []}, "its subjects is not that of this run"),
         ({"fingerprint": "0"}, "its fingerprint is not that of this run"),
-        ({"settings": {"seeds": [0]}}, "its suite is not that of this run"),
+        ({"settings": {"suite": "dreambench"}}, "its suite is not that of this run"),
+        ({"settings": []}, "cannot be joined"),
     ],
 )
 def test_another_run_is_refused_before_anything_is_done(other, model, tmp_path, capsys, change, said):  # noqa: F811
@@ -75,3 +89,29 @@ def test_what_is_no_table_is_refused(model, tmp_path, capsys):  # noqa: F811
     path.write_text("{}")
     assert evaluate(model, tmp_path / "out", *ASKED, "--join", path) == 2
     assert "cannot be joined" in capsys.readouterr().err
+
+
+def row(label, steps, encoder=None, **more):
+    return {"label": label, "steps": steps, "kind": "method", "values": {}, "made_with": {"encoder": encoder}, **more}
+
+
+def test_a_method_is_not_joined_with_another_encoder(tmp_path):
+    own = [row("datencoder", 12, "new")]
+    theirs = [row("datencoder", 0, "old"), row("datencoder", 4, "new"), row("e4t", 12, "old"), row("datencoder", 12)]
+    other = {"rows": theirs, "command": "there", "device": "abacus", "tiles": {}}
+    found = joined_rows(own, {}, [(tmp_path / "metrics.json", other)], tmp_path)
+    assert [(each["label"], each["steps"]) for each in found] == [("datencoder", 4), ("e4t", 12)]
+
+
+def test_sheets_are_taken_where_they_show_the_same_and_from_nowhere_else(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    (there / "pictures").mkdir(parents=True)
+    (there / "secret.png").write_bytes(b"secret")
+    (there / "pictures" / "a.png").write_bytes(b"picture")
+    rows = [row("a", 1, pictures="pictures/a.png"), row("b", 1, pictures="secret.png"), row("c", 1, pictures=None)]
+    other = {"rows": rows, "command": "", "device": "", "tiles": {"side": 32}}
+    found = joined_rows([], {"side": 32}, [(there / "metrics.json", other)], here)
+    assert [each["pictures"] for each in found] == ["pictures/a.png", None, None]
+    assert (here / "pictures" / "a.png").read_bytes() == b"picture" and len(list(here.rglob("*.png"))) == 1
+    found = joined_rows([], {"side": 16}, [(there / "metrics.json", other)], tmp_path / "else")
+    assert [each["pictures"] for each in found] == [None, None, None]

@@ -83,16 +83,17 @@ class Pair:
             process.kill()
             process.wait()
             out, err = ((self.folder / f"{name}{index}").read_text() for name in ("out", "err"))
-            results.append((status, [line for line in out.splitlines() if line and not is_gloo(line)], err))
+            results.append((status, [line for line in out.splitlines() if not is_gloo(line)], err))
         return results
 
 
 def is_gloo(line):
     """Gloo, which connects CPUs, says so by itself, in pieces: what one thread says stands amid what another does."""
     said = ("[Gloo] Rank", "is connected to", "peer ranks.", "Expected number of connected peer ranks is :")
+    rest = line
     for piece in said:
-        line = line.replace(piece, "")
-    return not line.strip(" 0123456789")
+        rest = rest.replace(piece, "")
+    return not rest.strip(" 0123456789")
 
 
 def test_gloo_is_known_however_it_is_cut():

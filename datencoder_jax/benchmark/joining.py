@@ -1,8 +1,9 @@
 """Rows that another run measured, taken into this one's table as they are.
 
-A table of many methods is more than one machine's work. A row's scores say the same wherever its pictures were made, so
-they are taken over from the other run's `metrics.json` if all that decides the pictures and the scores is equal. Its
-seconds are another machine's, or another day's, and are compared with nobody's (`benchmark.goals`).
+A table of many methods is more than one machine's work. A row's scores say the same wherever its pictures were made,
+so they are taken over from the other run's `metrics.json` if what decides the pictures and the scores is equal:
+subjects, prompts, seeds, base model, settings, and of a method that both have, its encoder. Their seconds are another
+machine's, or another day's: goals and reports do not hold them against this run's.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.errors import UserError
 
@@ -19,8 +21,8 @@ FORMAT, VERSION = "datencoder-evaluation", 1
 JOINED = "joined"
 """In a row of `metrics.json`: the command and the device of the run that measured it."""
 _EQUAL = ("suite", "fingerprint", "axes", "subjects", "scores")
-_FREE = ("jobs", "missing")
-"""Settings that decide neither pictures nor scores."""
+_FREE = ("jobs", "missing", "model", "data", "encoder")
+"""Settings that decide neither pictures nor scores, or are names of what is compared by its content."""
 
 
 def read_joined(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -35,29 +37,33 @@ def read_joined(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
             content = json.loads(path.read_text("utf-8"))
             if (content["format"], content["version"]) != (FORMAT, VERSION):
                 raise ValueError("it is of another kind or version")
-            [(row["kind"], row["label"], row["values"]) for row in content["rows"]]
+            content["settings"].items(), content["command"], content["device"]
+            [(row["kind"], row["label"], row["values"].items()) for row in content["rows"]]
         except FileNotFoundError:
             raise UserError(f"There is no {path} to join; name a metrics.json of `datencoder evaluate`.") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             said = f"{path} cannot be joined ({error}); name a metrics.json of `datencoder evaluate`."
             raise UserError(said) from error
         found.append((path, content))
     return found
 
 
-def check_joined(frame: Mapping[str, Any], others: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+def check_joined(
+    frame: Mapping[str, Any], others: Sequence[tuple[Path, Mapping[str, Any]]], free: Sequence[str] = ()
+) -> None:
     """Sees that other runs measured what this one measures.
 
     Args:
         frame: of this run's `metrics.json`, what is not its rows.
         others: as `read_joined` gives them.
+        free: further settings that may differ.
 
     Raises:
         UserError: another run had other subjects, prompts, scores, settings or another base model.
     """
     frame = json.loads(json.dumps(frame))
     for path, other in others:
-        names = [name for name in frame["settings"] if name not in _FREE]
+        names = [name for name in frame["settings"] if name not in (*_FREE, *free)]
         pairs = [(name, other.get(name), frame[name]) for name in _EQUAL]
         pairs += [(name, other["settings"].get(name), frame["settings"][name]) for name in names]
         for name, theirs, ours in pairs:
@@ -66,22 +72,31 @@ def check_joined(frame: Mapping[str, Any], others: Sequence[tuple[Path, Mapping[
 
 
 def joined_rows(
-    rows: Sequence[Mapping[str, Any]], others: Sequence[tuple[Path, Mapping[str, Any]]], folder: Path
+    rows: Sequence[Mapping[str, Any]],
+    tiles: Mapping[str, Any],
+    others: Sequence[tuple[Path, Mapping[str, Any]]],
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """The rows that others have and this run has not, of each the first that is found.
 
+    Left out are those of a method that this run has too, at other steps, with another encoder.
+
     Args:
         rows: of this run's `metrics.json`.
+        tiles: what its sheets of pictures show.
         others: as `read_joined` gives them.
-        folder: of this run; the sheets of pictures are copied to it where they are there.
+        folder: of this run; sheets of others that show the same are copied to it.
     """
     have, found = {_name(row) for row in rows}, []
+    encoders = {row["label"]: _encoder(row) for row in rows}
     for path, other in others:
         for row in other["rows"]:
-            if _name(row) not in have:
-                have.add(_name(row))
-                source = row.get(JOINED) or {"command": other["command"], "device": other["device"]}
-                found.append({**row, JOINED: source, "pictures": _copied(path.parent, row.get("pictures"), folder)})
+            if _name(row) in have or encoders.get(row["label"], _encoder(row)) != _encoder(row):
+                continue
+            have.add(_name(row))
+            source = row.get(JOINED) or {"command": other["command"], "device": other["device"]}
+            sheet = row.get("pictures") if other.get("tiles") == tiles else None
+            found.append({**row, JOINED: source, "pictures": sheet and _copied(path.parent, sheet, folder)})
     return found
 
 
@@ -89,10 +104,16 @@ def _name(row: Mapping[str, Any]) -> tuple[str, int | None]:
     return row["label"], row.get("steps")
 
 
-def _copied(source: Path, name: str | None, folder: Path) -> str | None:
-    if name is None or not (source / name).is_file():
+def _encoder(row: Mapping[str, Any]) -> str | None:
+    return row.get("made_with", {}).get("encoder")
+
+
+def _copied(source: Path, name: str, folder: Path) -> str | None:
+    """Copies a sheet of pictures, whose name is another program's; None where it is not there."""
+    name = f"pictures/{Path(name).name}"
+    if not (source / name).is_file():
         return None
     if source.resolve() != folder.resolve():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
+        with atomic_write(folder / name) as temporary:
+            shutil.copyfile(source / name, temporary)
     return name

@@ -18,10 +18,9 @@ from datencoder_jax.benchmark.goals import goals
 from datencoder_jax.benchmark.joining import FORMAT, VERSION, check_joined, joined_rows
 from datencoder_jax.benchmark.making import Made, open_pipeline, open_suite
 from datencoder_jax.benchmark.sheets import choose_tiles, write_sheet
-from datencoder_jax.benchmark.suites import TOYWORLD, Reference, Score, Setup, means
-from datencoder_jax.benchmark.units import Unit, by_row, read_made, shown_prompts
+from datencoder_jax.benchmark.suites import TOYWORLD, Reference, Score, Setup, Suite, means
+from datencoder_jax.benchmark.units import Unit, by_row, of_row, read_made, shown_prompts
 from datencoder_jax.checkpoints.atomic import atomic_write
-from datencoder_jax.tuning import momentum_for
 
 METRICS = "metrics.json"
 PRODUCT = "product"
@@ -56,7 +55,7 @@ class Metrics:
         self.units, self.others = by_row(units), others
         self.suite = open_suite(setup)
         self._known: dict[str, tuple[int, dict[str, Any]]] = {}
-        check_joined(self._frame(), others)
+        check_joined(make_frame(setup, about), others)
 
     def row(self, row: Row) -> dict[str, Any]:
         """One row of `metrics.json`."""
@@ -88,41 +87,14 @@ class Metrics:
         write_sheet(self.folder / "pictures" / "inputs.png", [shown], tiles["side"])
         rows = [self._reference(k, reference, tiles) for k, reference in enumerate(suite.references())]
         rows += [self._shown(row, tiles) for row in self.rows]
-        rows += joined_rows(rows, self.others, self.folder)
-        content = {**self._frame(), "rows": rows, "tiles": tiles, "inputs": "pictures/inputs.png"}
+        rows += joined_rows(rows, tiles, self.others, self.folder)
+        frame = make_frame(self.setup, self.about)
+        content = {**frame, "rows": rows, "tiles": tiles, "inputs": "pictures/inputs.png"}
         if self.setup.suite == TOYWORLD:
             content["goals"] = goals(content)
         with atomic_write(self.folder / METRICS) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
         return content
-
-    def _frame(self) -> dict[str, Any]:
-        """What `metrics.json` says beside rows and pictures."""
-        suite, pipeline = self.suite, open_pipeline(self.setup.unscored)
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "suite": self.setup.suite,
-            "model": pipeline.name,
-            "fingerprint": pipeline.fingerprint,
-            **self.about,
-            "scores": {name: _score(score) for name, score in self._scores().items()},
-            "axes": dict(suite.axes),
-            "groups": {name: list(indices) for name, indices in suite.groups.items()},
-            "subjects": [{"name": each.name, "class": each.word} for each in suite.subjects],
-        }
-
-    def _scores(self) -> dict[str, Score]:
-        scores = dict(self.suite.scores)
-        if (axes := self._axes()) is not None:
-            first, second = (scores[name].label for name in axes)
-            about = f"of each subject, its mean {first} times its mean {second}"
-            scores[PRODUCT] = Score(f"{first} x {second}", "", about)
-        return scores
-
-    def _axes(self) -> tuple[str, str] | None:
-        axes = self.suite.axes
-        return (axes["identity"], axes["prompt"]) if {"identity", "prompt"} <= axes.keys() else None
 
     def _row(self, row: Row, units: Sequence[Unit], done: Sequence[Unit]) -> dict[str, Any]:
         who, parts, made = [unit.subject for unit in done], [], []
@@ -148,7 +120,7 @@ class Metrics:
             "options": {name: _plain(value) for name, value in row.entry.options.items()},
             "steps": None if base else row.steps,
             "rates": None if base or not row.steps else [float(rate) for rate in row.rates],
-            "momentum": None if base or not row.steps else momentum_for(row.steps),
+            "made_with": of_row(self.setup, row),
             "seconds": _seconds(made),
             "bytes": made[0].bytes if made and not base else None,
             "trained": made[0].trained if made and not base else None,
@@ -182,11 +154,42 @@ class Metrics:
         return found | {"pictures": name}
 
     def _add_product(self, values: dict[str, np.ndarray], by_prompt: dict[str, np.ndarray]) -> None:
-        axes = self._axes()
+        axes = _axes(self.suite)
         if axes is not None:
             for part in (values, by_prompt):
                 if all(name in part for name in axes):
                     part[PRODUCT] = part[axes[0]] * part[axes[1]]
+
+
+def make_frame(setup: Setup, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What `metrics.json` says beside rows and pictures; `about` as `make_about` gives it."""
+    suite, pipeline = open_suite(setup), open_pipeline(setup.unscored)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "suite": setup.suite,
+        "model": pipeline.name,
+        "fingerprint": pipeline.fingerprint,
+        **about,
+        "scores": {name: _score(score) for name, score in _scores(suite).items()},
+        "axes": dict(suite.axes),
+        "groups": {name: list(indices) for name, indices in suite.groups.items()},
+        "subjects": [{"name": each.name, "class": each.word} for each in suite.subjects],
+    }
+
+
+def _scores(suite: Suite) -> dict[str, Score]:
+    scores = dict(suite.scores)
+    if (axes := _axes(suite)) is not None:
+        first, second = (scores[name].label for name in axes)
+        about = f"of each subject, its mean {first} times its mean {second}"
+        scores[PRODUCT] = Score(f"{first} x {second}", "", about)
+    return scores
+
+
+def _axes(suite: Suite) -> tuple[str, str] | None:
+    axes = suite.axes
+    return (axes["identity"], axes["prompt"]) if {"identity", "prompt"} <= axes.keys() else None
 
 
 def make_about(setup: Setup, seeds: int, command: str, device: str, **more: Any) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def of_row(setup: Setup, row: Row) -> dict[str, Any]:
     """What a row depends on beside the settings of all: rates, momentum, and its encoder as it now is."""
     about: dict[str, Any] = {"steps": row.steps, "rates": list(row.rates)}
     if row.steps:
-        about["momentum"] = momentum_for(row.steps)
+        about["momentum"] = row.entry.options.get("momentum", momentum_for(row.steps))
     if row.entry.method == BASE:
         return about
     method, options = METHODS[row.entry.method], row.entry.options

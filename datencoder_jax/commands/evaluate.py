@@ -26,13 +26,18 @@ def run(args: Namespace) -> None:
     device = announce_device()
     from datencoder_jax.benchmark import rates
     from datencoder_jax.benchmark.entries import make_rows, parse_entries, parse_steps
-    from datencoder_jax.benchmark.joining import read_joined
-    from datencoder_jax.benchmark.metrics import Metrics, make_about
+    from datencoder_jax.benchmark.joining import check_joined, read_joined
+    from datencoder_jax.benchmark.metrics import Metrics, make_about, make_frame
     from datencoder_jax.benchmark.run import execute
     from datencoder_jax.benchmark.units import enter, make_units
 
     rows = make_rows(parse_entries(args.methods), parse_steps(args.steps))
     jobs, others = _jobs(args.jobs), read_joined(args.join)
+    seeds = args.seeds or (2 if setup.suite == TOYWORLD else 1)
+    command = shlex.join(["datencoder", *sys.argv[1:]])
+    device += f", {jobs} jobs" if jobs > 1 else ""
+    if others:  # now, and not after hours; a folder that is gone on with may yet have more seeds
+        check_joined(make_frame(setup, make_about(setup, seeds, command, device, jobs=jobs)), others, free=["seeds"])
     if args.sweep and setup.suite != TOYWORLD:
         raise UserError("--sweep needs the individuals of --suite toyworld; elsewhere name chosen rates with --rates")
     work = functools.partial(execute, jobs=jobs, retry_failed=args.retry_failed)
@@ -44,10 +49,9 @@ def run(args: Namespace) -> None:
         if missing:
             say(f"{chosen} names no rates for {', '.join(missing)}: the method's own")
     wanted = {row.name for row in rows}
-    rows, seeds = enter(args.out, setup, rows, args.seeds or (2 if setup.suite == TOYWORLD else 1))
+    rows, seeds = enter(args.out, setup, rows, seeds)
     units = make_units(args.out, rows, setup, seeds)
-    command = shlex.join(["datencoder", *sys.argv[1:]])
-    about = make_about(setup, seeds, command, device + (f", {jobs} jobs" if jobs > 1 else ""), jobs=jobs)
+    about = make_about(setup, seeds, command, device, jobs=jobs)
     metrics = Metrics(args.out, setup, rows, units, about, others)
     for sentence in metrics.suite.missing:
         say(sentence)

@@ -137,7 +137,7 @@ def train_encoder(config, workdir: Path, **options) -> None:
         parts.data,
         parts.previews,
         weights=Weights(**config.weights),
-        draws=config.draws,
+        draws=config.get("draws", 1),
         mesh=parts.mesh if parts.mesh.size > 1 else None,
         anchors=anchors,
         **parts.common,
@@ -186,6 +186,8 @@ def _parts(config) -> _Parts:
             f"a batch of {config.batch_size} cannot be taken in {config.accumulate} parts by {mesh.size} devices; "
             "set batch_size or accumulate"
         )
+    if config.get("draws", 1) < 1:
+        raise UserError(f"draws is {config.draws}; a prediction is tried on 1 target or more")
     pipeline = read_frozen(config)
     data, previews = (_pairs if "concepts" in config.data else _pictures)(config, pipeline)
     tokenizer = pipeline.tokenizer
@@ -296,7 +298,7 @@ def abstract_task(
         None,
         batch_size=config.batch_size,
         weights=Weights(**config.weights),
-        draws=config.draws,
+        draws=config.get("draws", 1),
         accumulate=config.accumulate,
         remat=config.remat,
         mesh=mesh if mesh.size > 1 else None,

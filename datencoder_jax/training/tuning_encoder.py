@@ -123,12 +123,13 @@ class Weights(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What a prediction is tried on, axes for samples and their targets first.
+    """What predictions are tried on; leading axes are `[b, K]`, of flat targets, and of E4T's, `[b]`.
 
     Attributes:
-        noisy, t, target, weight: `z'_t'`, `t'`, what is to be predicted, and `w(t')`.
-        ids: of `p'`.
-        where: weights of the pixels; None for all alike.
+        noisy, target: `z'_t'` and what is to be predicted, `[b, K, h, w, c]`.
+        t, weight: `t'` and `w(t')`, `[b, K]`.
+        ids: of `p'`, `[b, K, L]`.
+        where: weights of the pixels, `[b, K, h, w]`; None for all alike.
     """
 
     noisy: jax.Array
@@ -144,7 +145,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         features: what the encoder sees.
-        targets: what its prediction is tried on, `[b, K, ...]`.
+        targets: what its prediction is tried on.
     """
 
     features: Features
@@ -253,8 +254,10 @@ class TuningEncoderTask:
     def _inputs(self, frozen: Frozen, samples: dict[str, jax.Array]) -> Inputs:
         base = frozen.base
         latents, noise = latents_of(base, samples), samples["noise"]
-        wanted = samples.get("wanted", latents[:, None]).astype(jnp.float32)
-        wanted = jnp.broadcast_to(wanted, noise.shape)
+        if "wanted" in samples:
+            wanted = samples["wanted"].astype(jnp.float32)
+        else:
+            wanted = jnp.broadcast_to(latents[:, None], noise.shape)
         if "classes" in samples:
             pictures, states = None, Seen(samples["classes"], samples["patches"])
         else:
@@ -308,7 +311,7 @@ class TuningEncoderTask:
         return denoise + self.weights.norm * penalty, values
 
     def _denoise(self, variables: Variables, words: jax.Array, base: Base, targets: Targets) -> jax.Array:
-        """The dual-path prediction for every target under its own prompt, variables and nearest word `[b, 1]`."""
+        """The dual-path prediction for flat targets, each under its own prompt, variables and nearest word `[b, 1]`."""
         soft = variables.embeddings
         hard = soft + jax.lax.stop_gradient(base.table[words].astype(soft.dtype) - soft)
         prompt = base.condition(targets.ids, soft)

@@ -177,6 +177,8 @@ def _costs(results: Results) -> list[Block]:
         "Seconds are those of one subject and leave compiling out. predict: from the picture to where tuning starts; "
         "tune: the optimiser's steps; draw: the pictures of all prompts. The file is the concept as it is saved."
     )
+    if any(row.joined for row in results.rows):
+        note += " Rows that another run measured have no seconds here."
     return [note, costs_table(results)]
 
 
@@ -265,6 +267,9 @@ def _settings(results: Results) -> list[Block]:
             pairs.append((name, ", ".join(json.dumps(item) for item in value)))
         else:
             pairs.append((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    joined = [f"{row.name}: {row.joined['command']}, on {row.joined['device']}" for row in results.rows if row.joined]
+    if joined:
+        pairs.append(("measured by other runs", joined))
     return [Pairs(pairs)]
 
 

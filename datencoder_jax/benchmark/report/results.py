@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from datencoder_jax.benchmark.joining import FORMAT, VERSION
+from datencoder_jax.benchmark.joining import FORMAT, JOINED, VERSION
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.scores import Interval, bootstrap
 
@@ -74,6 +74,8 @@ class Row:
         failed: subject, seed and error of each unit that failed.
         unfinished: how many of its units have not been made yet.
         pictures: the sheet of its tiles, relative to the folder; None if it has none.
+        joined: command and device of the run that measured it, if that was another; it has no seconds then, which would
+            say nothing beside this run's.
     """
 
     kind: str
@@ -88,6 +90,7 @@ class Row:
     failed: Sequence[Mapping[str, Any]] = ()
     unfinished: int = 0
     pictures: str | None = None
+    joined: Mapping[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -277,7 +280,7 @@ def _row(row: Mapping[str, Any], scores: Mapping[str, Score], subjects: int) -> 
     for name, value in values.items():
         if value.shape != (subjects,):
             raise ValueError(f"{row['label']} has {len(value)} values of {name} for {subjects} subjects")
-    seconds = row.get("seconds") or {}
+    seconds = {} if row.get(JOINED) else row.get("seconds") or {}
     return Row(
         kind=row["kind"],
         label=str(row["label"]),
@@ -291,6 +294,7 @@ def _row(row: Mapping[str, Any], scores: Mapping[str, Score], subjects: int) -> 
         failed=row.get("failed") or [],
         unfinished=int(row.get("unfinished") or 0),
         pictures=row.get("pictures"),
+        joined=row.get(JOINED),
     )
 
 
