@@ -56,6 +56,7 @@ It writes, by the values of --to:
   datencoder evaluate --suite dreambench --data dreambooth/dataset --methods lora@300 \\
       --model stable-diffusion-v1-5/stable-diffusion-v1-5 --clip openai/clip-vit-base-patch32 \\
       --dino facebook/dino-vits16 --out out/dreambench
+  datencoder evaluate --suite toyworld --methods dreambooth@300 --join elsewhere/metrics.json --out out/table
 
 The same command again goes on where the last one stopped; with further methods or seeds it adds them.
 A method is one of `personalize --method`, or base, the model itself under the class word. Its options are
