@@ -37,7 +37,8 @@ def read_joined(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
             content = json.loads(path.read_text("utf-8"))
             if (content["format"], content["version"]) != (FORMAT, VERSION):
                 raise ValueError("it is of another kind or version")
-            content["settings"].items(), content["command"], content["device"]
+            if not ({"command", "device"} <= content.keys() and isinstance(content["settings"], dict)):
+                raise ValueError("it does not say what was run")
             [(row["kind"], row["label"], row["values"].items()) for row in content["rows"]]
         except FileNotFoundError:
             raise UserError(f"There is no {path} to join; name a metrics.json of `datencoder evaluate`.") from None

@@ -298,8 +298,8 @@ class TuningEncoderTask:
         v = variables.embeddings[:, 0]
         words, nearest = nearest_words(v, base.table, base.words, 1)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inputs.targets)
-        each = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), (variables, words))
-        error = denoising_loss(self._denoise(*each, base, flat), flat.target, where=flat.where)
+        tried, hard = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=0), (variables, words))
+        error = denoising_loss(self._denoise(tried, hard, base, flat), flat.target, where=flat.where)
         denoise = (flat.weight * error).reshape(-1, self.draws).mean(axis=1)
         penalty = norm_penalty(v, base.word_norm)
         values = {
