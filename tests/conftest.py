@@ -45,8 +45,8 @@ def pytest_configure(config):
 
 
 _MAPPINGS = 20_000
-"""Of memory, beyond which a process forgets its compiled programs. Linux allows it 65,530, every program takes some, and
-a process that compiles when none are left ends with a segmentation fault, in a test that has done nothing."""
+"""Of memory, beyond which a process forgets its compiled programs. Linux allows it 65,530, every program takes some,
+and a process that compiles when none are left ends with a segmentation fault, in a test that has done nothing."""
 
 
 @pytest.fixture(scope="module", autouse=True)

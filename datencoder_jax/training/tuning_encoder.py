@@ -15,8 +15,8 @@ The embedded world can draw a concept again, so a share `pairs` of its targets h
 
 - Where the data tell which pixels of `I'` the concept covers, squared errors are weighted by equation (3) of
   `methods.focus`: the others tell little of the concept and add their noise to the gradient.
-- A prediction is tried on `K` targets, with noise levels spread over the schedule: the gradient is nearly all noise, and a
-  target costs less than a prediction.
+- A prediction is tried on `K` targets, with noise levels spread over the schedule: the gradient is nearly all noise,
+  and a target costs less than a prediction.
 - `t` and `e` are one for the whole batch, and `t` is one of those the method predicts at. Drawn per sample, as `t'` and
   its noise are, they are what `L_c` tells the samples apart by, and `v*` comes to name the noise, not the concept.
 - The hard path reads the nearest word `n`, and its gradient goes straight through to `v*` (`v* + sg(n - v*)`), so that
