@@ -1,6 +1,7 @@
 """Learning rates chosen on development instances: the climb, what is kept, and what is left alone."""
 
 import json
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from evaluate_helpers import evaluate, forget, metrics_of, model, row_of  # noqa
 from datencoder_jax.benchmark import rates
 from datencoder_jax.benchmark.entries import make_rows, parse_entries
 from datencoder_jax.benchmark.making import Made
-from datencoder_jax.benchmark.rates import Climb, quality, read_rates, sweep, with_rates
+from datencoder_jax.benchmark.rates import Climb, read_rates, sweep, with_rates
 from datencoder_jax.benchmark.suites import Setup
 from datencoder_jax.benchmark.units import Unit, write_made
 from datencoder_jax.errors import UserError
@@ -34,13 +35,16 @@ class Work:
 
 @pytest.fixture
 def hill(monkeypatch, tmp_path):
-    """A suite whose identity is best at 1e-3 for embeddings and 3.16e-3 for offsets."""
+    """A suite whose scores are best at 1e-3 for embeddings and 3.16e-3 for offsets."""
     best = np.log10([1e-3, 10**-2.5])
 
     class Suite:
+        axes = MappingProxyType({"identity": "likeness", "prompt": "words"})
+
         def score(self, who, pictures):
             found = np.stack([np.log10(np.where(p > 0, p, 10.0**best)) for p in pictures])
-            return {"identity": -np.abs(found - best).sum(axis=1), "scene": np.ones(1), "style": np.ones(1)}
+            likeness = -np.abs(found - best).sum(axis=1).reshape(-1, 1, 1)
+            return {"likeness": likeness, "words": np.ones_like(likeness)}
 
     def units(folder, rows, setup, seeds):
         return [Unit(folder, row, k, f"one-{k}", 0) for row in rows for k in range(2)]
@@ -51,9 +55,19 @@ def hill(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_quality_is_identity_of_what_obeys():
-    assert quality({"identity": 0.5, "scene": 1.0, "style": 0.9}) == pytest.approx(0.5)
-    assert quality({"identity": 0.5, "scene": 0.9, "style": 0.8}) == pytest.approx(0.5 - 5 * 0.1)
+def test_a_trial_is_worth_every_individuals_product(hill, monkeypatch):
+    class Suite:
+        axes = MappingProxyType({"identity": "likeness", "prompt": "words"})
+
+        def score(self, who, pictures):
+            first, second = np.array([[0.8, 0.6], [0.2, 0.0]]), np.array([[0.0, 1.0], [1.0, 1.0]])
+            return {"likeness": first[..., None], "words": second[..., None]}
+
+    monkeypatch.setattr(rates, "open_suite", lambda setup: Suite())
+    sweep(hill, SETUP, make_rows(parse_entries(["lora"]), (12,)), 3, Work())
+    [tried] = read_rates(hill / "rates.json")["tried"].values()
+    found = [(trial["likeness"], trial["words"], trial["product"]) for trial in tried]
+    assert found == [(0.4, 0.75, round((0.7 * 0.5 + 0.1 * 1.0) / 2, 4))] * len(tried)
 
 
 def test_every_row_climbs_to_where_no_neighbour_is_better(hill):
@@ -70,7 +84,7 @@ def test_every_row_climbs_to_where_no_neighbour_is_better(hill):
             assert rate == 0 if not first else abs(np.log10(rate / best)) < reach
     assert len(work.trials) == 2 * len(set(work.trials)) == 2 * sum(len(tried) for tried in content["tried"].values())
     for name, tried in content["tried"].items():
-        best = max(tried, key=lambda trial: trial["quality"])
+        best = max(tried, key=lambda trial: trial["product"])
         assert [best["embeddings"], best["offsets"]] == pytest.approx(content["chosen"][name])
 
 
@@ -102,17 +116,17 @@ def test_rates_that_fail_are_worse_than_any(hill):
     [row] = make_rows(parse_entries(["lora"]), (12,))
     sweep(hill, SETUP, [row], 3, Work(broken=("lora@12",)))
     [tried] = read_rates(hill / "rates.json")["tried"].values()
-    assert {trial["quality"] for trial in tried} == {-1e9}
+    assert {trial["product"] for trial in tried} == {-1e9}
     assert read_rates(hill / "rates.json")["chosen"]["lora@12"] == list(row.rates)
 
 
 def test_smaller_steps_are_taken_when_larger_ones_do_not_help():
     climb = Climb(make_rows(parse_entries(["lora"]), (12,))[0])
     assert climb.neighbours() == [(0, 0), (0, -2), (0, 2)]
-    climb.tried = {(0, 0): {"quality": 1.0}, (0, -2): {"quality": 0.0}, (0, 2): {"quality": 0.5}}
+    climb.tried = {(0, 0): {"product": 1.0}, (0, -2): {"product": 0.0}, (0, 2): {"product": 0.5}}
     climb.move()
     assert climb.neighbours() == [(0, 0), (0, -1), (0, 1)] and not climb.done
-    climb.tried |= {(0, -1): {"quality": 0.0}, (0, 1): {"quality": 2.0}}
+    climb.tried |= {(0, -1): {"product": 0.0}, (0, 1): {"product": 2.0}}
     climb.move()
     assert climb.best == (0, 1) and not climb.done
     climb.move()
@@ -143,6 +157,6 @@ def test_a_sweep_is_made_and_its_rates_are_used(model, tmp_path):  # noqa: F811
     assert evaluate(model, tmp_path, *asked) == 0
     content = read_rates(tmp_path / "rates.json")
     [chosen], [tried] = content["chosen"].values(), content["tried"].values()
-    assert {"quality", "identity", "offsets"} <= tried[0].keys() and len(tried) >= 5
+    assert {"product", "identity", "offsets"} <= tried[0].keys() and len(tried) >= 5
     assert row_of(metrics_of(tmp_path), "lora:rank=2", 2)["rates"] == pytest.approx(chosen)
     assert {file.name for file in tmp_path.glob("sweep/**/*.npz")} == {"creature-1200000-0.npz", "robot-1200001-0.npz"}

@@ -18,12 +18,11 @@ from datencoder_jax.benchmark.goals import goals
 from datencoder_jax.benchmark.joining import FORMAT, VERSION, check_joined, joined_rows
 from datencoder_jax.benchmark.making import Made, open_pipeline, open_suite
 from datencoder_jax.benchmark.sheets import choose_tiles, write_sheet
-from datencoder_jax.benchmark.suites import TOYWORLD, Reference, Score, Setup, Suite, means
+from datencoder_jax.benchmark.suites import PRODUCT, TOYWORLD, Reference, Score, Setup, Suite, means
 from datencoder_jax.benchmark.units import Unit, by_row, of_row, read_made, shown_prompts
 from datencoder_jax.checkpoints.atomic import atomic_write
 
 METRICS = "metrics.json"
-PRODUCT = "product"
 _AT_ONCE = 64
 """Units scored at a time."""
 _STAGES = ("predict", "tune", "draw")

@@ -1,26 +1,24 @@
 """Learning rates for every row, chosen on development instances of the embedded world, never on those of the table.
 
-    quality = identity - 5 max(0, 0.95 - prompt),     prompt = (scene + style) / 2              (1)
+    product = mean over individuals of identity x prompt                                        (1)
 
-that is by identity among those that obey the prompt: tuned hard enough, every method copies its input picture. Each row
-climbs from its method's own rates until no neighbour is better, the offsets' rate by halves of a power of ten first and
-then by quarters, the embeddings' by halves; a rate of 0 stays 0. All rows climb at once, and every picture is a unit of
-its own below `FOLDER/sweep/`, so a sweep goes on where it was killed too.
+that is by the score of the table that neither copying the input picture nor forgetting it wins. Each row climbs from
+its method's own rates until no neighbour is better, the offsets' rate by halves of a power of ten first and then by
+quarters, the embeddings' by halves; a rate of 0 stays 0. All rows climb at once, and every picture is a unit of its own
+below `FOLDER/sweep/`, so a sweep goes on where it was killed too.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from datencoder_jax.benchmark.entries import Row
 from datencoder_jax.benchmark.making import open_suite
 from datencoder_jax.benchmark.run import execute
-from datencoder_jax.benchmark.suites import Setup
+from datencoder_jax.benchmark.suites import PRODUCT, Setup, means
 from datencoder_jax.benchmark.units import Unit, make_units, of_row, read_made
 from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.errors import UserError
@@ -62,17 +60,12 @@ class Climb:
 
     def move(self) -> None:
         """Goes to the best neighbour, all of which have been tried; takes smaller steps where that is here."""
-        better = max(self.neighbours(), key=lambda place: self.tried[place]["quality"])
+        better = max(self.neighbours(), key=lambda place: self.tried[place][PRODUCT])
         if better != self.best:
             self.best = better
         else:
             # Where only the embeddings are tuned there are no smaller steps.
             self.stride = self.stride // 2 if self.row.rates.offsets else 0
-
-
-def quality(means: Mapping[str, float]) -> float:
-    """Equation (1)."""
-    return means["identity"] - 5.0 * max(0.0, 0.95 - 0.5 * (means["scene"] + means["style"]))
 
 
 def sweep(folder: Path, setup: Setup, rows: Sequence[Row], count: int, run: Callable[..., None] = execute) -> None:
@@ -142,12 +135,14 @@ def _trial(folder: Path, climb: Climb, place: Place, setup: Setup) -> list[Unit]
 
 
 def _measure(setup: Setup, units: Sequence[Unit]) -> dict[str, float]:
-    """Means of every score over a trial's units, and its quality; one that failed anywhere is worse than any other."""
+    """Means of every score over a trial's units, and equation (1); one that failed anywhere is worse than any other."""
     if any(not unit.file.exists() for unit in units):
-        return {"quality": -1e9}
-    cells = open_suite(setup).score([unit.subject for unit in units], (read_made(unit).pictures for unit in units))
-    means = {name: float(np.mean(value)) for name, value in cells.items()}
-    return {"quality": quality(means), **{name: round(value, 4) for name, value in means.items()}}
+        return {PRODUCT: -1e9}
+    suite, who = open_suite(setup), range(len(units))
+    cells = suite.score([unit.subject for unit in units], (read_made(unit).pictures for unit in units))
+    each = {name: means(who, value, len(units)) for name, value in cells.items()}
+    each[PRODUCT] = each[suite.axes["identity"]] * each[suite.axes["prompt"]]
+    return {name: round(float(value.mean()), 4) for name, value in each.items()}
 
 
 def _record(folder: Path, climb: Climb) -> None:

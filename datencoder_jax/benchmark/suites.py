@@ -10,6 +10,8 @@ TOKEN = "S*"
 """The placeholder, in the prompts of every suite and method."""
 
 TOYWORLD, DREAMBENCH = "toyworld", "dreambench"
+PRODUCT = "product"
+"""The score of a subject's mean identity times its mean prompt score."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from datencoder_jax.benchmark.report.pictures import Gallery
 from datencoder_jax.benchmark.report.plots import Plot
-from datencoder_jax.benchmark.report.results import PRODUCT, Results, Row, capital, verdict
+from datencoder_jax.benchmark.report.results import Results, Row, capital, verdict
 from datencoder_jax.benchmark.report.tables import (
     Cell,
     Line,
@@ -22,6 +22,7 @@ from datencoder_jax.benchmark.report.tables import (
     seconds,
     steps_table,
 )
+from datencoder_jax.benchmark.suites import PRODUCT
 
 NO_PLOTS = (
     'There are no plots, for matplotlib is not installed: pip install "datencoder_jax[report]" and run the same '

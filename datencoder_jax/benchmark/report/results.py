@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from datencoder_jax.benchmark.joining import FORMAT, JOINED, VERSION
+from datencoder_jax.benchmark.suites import PRODUCT
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.scores import Interval, bootstrap
 
-PRODUCT = "product"
 _MAIN, _MAIN_STEPS = "datencoder", 12
 _STAGES = ("predict", "tune", "draw")
 
