@@ -129,7 +129,8 @@ class Base:
         Where there are residuals, the model without them runs beside it in the same batch (`models.attention`, equation
         (5)), and what it predicts is left out.
 
-        Args: as the UNet's; all conditions are those of the whole batch. `keys` is what keys are of in `soft`'s place.
+        Args: as the UNet's; conditions are of the whole batch, or of one row, which is every sample's. `keys` is what
+            keys are of in `soft`'s place.
         """
         streams = paired(offsets)
         if streams is not None:
@@ -156,6 +157,7 @@ class Base:
             return None
         height, width = (side * self.vae.config.factor for side in latents.shape[1:3])
         sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+        pooled = jnp.broadcast_to(pooled, (len(latents), pooled.shape[-1]))
         return Added(pooled, jnp.broadcast_to(sizes, (len(latents), len(sizes))))
 
     def only(self, *names: str) -> "Base":

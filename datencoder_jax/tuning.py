@@ -178,13 +178,12 @@ def tune_loss(variables: Variables, problem: Problem, draw_key: jax.Array, confi
     own_key, prior_key = (draw_key, draw_key) if problem.prior is None else jax.random.split(draw_key)
     drawn = _draw(base, problem.latents, own_key, count, problem.focus)
     vectors = base.vectors(variables, drawn.noisy, drawn.t)
-    soft = problem.soft or base.condition(problem.soft_ids, vectors)
-    soft, hard = _repeated(soft, count), problem.hard and _repeated(problem.hard, count)
+    soft, hard = problem.soft or base.condition(problem.soft_ids, vectors), problem.hard
     each = jnp.full(count, 1.0 / count)
     if problem.prior is not None:
         everywhere = None if problem.focus is None else jnp.ones(problem.prior.latents.shape[:3])
         drawn = _joined(drawn, _draw(base, problem.prior.latents, prior_key, count, everywhere))
-        plain = _repeated(problem.prior.prompt, count)
+        plain, soft, hard = (x and _repeated(x, count) for x in (problem.prior.prompt, soft, hard))
         soft, hard = _joined(soft, plain), hard and _joined(hard, plain)
         each = jnp.concatenate([each, each * problem.prior.weight])
     maps: Maps | None = None
@@ -214,8 +213,8 @@ def _calibration(maps: Maps, slots: jax.Array | None, concepts: int, count: int)
     assert slots is not None
     found = jnp.stack([each[:count] for each in maps.values() if each is not None])
     mean = found.mean(axis=0)
-    side = math.isqrt(mean.shape[1])
-    return calibration_loss(mean.reshape(count, side, side, -1), slots[:count], concepts).mean()
+    side, slots = math.isqrt(mean.shape[1]), jnp.broadcast_to(slots[:count], (count, slots.shape[1]))
+    return calibration_loss(mean.reshape(count, side, side, -1), slots, concepts).mean()
 
 
 class _Drawn(NamedTuple):

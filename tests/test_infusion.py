@@ -150,6 +150,22 @@ def test_zero_residuals_are_the_base_model(streams):
     np.testing.assert_allclose(found[0.0][1], plain, rtol=1e-5, atol=1e-5)
 
 
+def test_a_prompt_of_one_row_is_every_samples(pipeline, tuned):
+    base, embeddings = pipeline.base, jnp.asarray(tuned.concept.embeddings)
+    latents = jax.random.normal(jax.random.key(4), (3, SIDE // 2, SIDE // 2, 4))
+    ids = jnp.asarray(pipeline.tokenizer.encode(["a photo of a S*"], {"S*": 1}))
+    offsets = jax.tree.map(lambda x: 10.0 * jnp.asarray(x), tuned.concept.offsets)
+
+    def predict(base, ids):
+        soft = base.condition(ids, embeddings)
+        return base.denoise(
+            latents, jnp.array([10, 300, 700]), soft, offsets=base.edits(Variables(embeddings, offsets), soft)
+        )
+
+    run, networks = jax.jit(predict), base.only("unet", "text")
+    np.testing.assert_allclose(run(networks, ids), run(networks, jnp.tile(ids, (3, 1))), rtol=1e-5, atol=1e-5)
+
+
 # --- tuning
 
 

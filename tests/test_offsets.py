@@ -123,6 +123,24 @@ def test_blend_per_sample(model, inputs, hard_context):
     assert np.abs(actual[1] - run(model, inputs, offsets)[1]).max() > 0.01
 
 
+def test_contexts_of_one_row_are_every_samples(model, inputs, hard_context):
+    offsets, weights = draw_offsets(model), jax.random.normal(jax.random.key(6), (2, 4, 4, 4))
+
+    def loss(contexts):
+        out = run(model, inputs | {"context": contexts[0]}, offsets, contexts[1], 0.3)
+        return (weights * out).sum(), out
+
+    one = inputs["context"][:1], hard_context[:1]
+    repeated = jax.tree.map(lambda x: jnp.concatenate([x, x]), one)
+    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(one)
+    (_, expected), each = jax.value_and_grad(loss, has_aux=True)(repeated)
+    close(out, expected)
+    for found, rows in zip(gradients, each, strict=True):
+        np.testing.assert_allclose(found, rows.sum(axis=0, keepdims=True), rtol=1e-4, atol=1e-4)
+    costs = [jax.jit(loss).lower(contexts).compile().cost_analysis()["flops"] for contexts in (one, repeated)]
+    assert costs[0] < costs[1]  # their keys and values are computed once
+
+
 def test_two_paths_as_the_equations_say(model):
     """Equation (3) of the module, written out for one cross-attention layer."""
     layer = model.bind().mid_block.attentions[0].transformer_blocks[0].attn2

@@ -96,6 +96,11 @@ def _blend(alpha, soft: jax.Array, hard: jax.Array) -> tuple[jax.Array, jax.Arra
     return alpha * soft, (1 - alpha) * hard
 
 
+def _rows(x: jax.Array, batch: int) -> jax.Array:
+    """Of keys or values of one row, or one for each of two streams, those of every sample."""
+    return x if len(x) == batch else jnp.repeat(x, batch // len(x), axis=0)
+
+
 class Attention(nnx.Module):
     """Multi-head attention of one transformer block; equations (1) to (4).
 
@@ -128,12 +133,16 @@ class Attention(nnx.Module):
         blend: jax.Array | float = 1.0,
         maps: Maps | None = None,
     ) -> jax.Array:
-        """`h [batch, n, width]` and contexts `[batch, l, context_width]` (None: self-attention) -> the shape of `h`."""
+        """`h [batch, n, width]` and contexts `[batch, l, context_width]` (None: self-attention) -> the shape of `h`.
+
+        Contexts may be of one row, which is every sample's: its keys and values are computed once.
+        """
         source = h if context is None else context
         keyed = source if key_context is None else key_context
         q, k, v = self.to_q(h), self.to_k(keyed), self.to_v(source)
         queries, keys = self._offset("to_q", h, q, offsets), self._offset("to_k", keyed, k, offsets)
         if pair and context is not None:
+            keys = _rows(keys, len(queries))
             queries, keys = (jnp.concatenate([x[: len(x) // 2]] * 2) for x in (queries, keys))  # (5)
         if maps is not None and self.path in maps:
             maps[self.path] = self._map(queries, keys)
@@ -153,12 +162,12 @@ class Attention(nnx.Module):
 
     def _map(self, q: jax.Array, k: jax.Array) -> jax.Array:
         """The softmax of (1), the mean over heads: `[batch, queries, keys]` float32."""
-        q, k = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k))
+        q, k = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, _rows(k, len(q))))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
         return jax.nn.softmax(scores, axis=-1).mean(axis=1)
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v))
+        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, _rows(k, len(q)), _rows(v, len(q))))
         out = attend(q, k, v)
         return out.reshape(*out.shape[:2], -1)
 

@@ -327,10 +327,11 @@ class UNet2DConditionModel(nnx.Module):
         Args:
             latents: `[batch, h, w, in_channels]`, noisy.
             t: timesteps, `[batch]` or a scalar; whole numbers in training, and in between for some samplers.
-            context: text states `[batch, l, cross_attention_dim]`; of the soft path when there are two.
+            context: text states `[batch, l, cross_attention_dim]`, or one row for all samples; of the soft path when
+                there are two.
             added: pooled text and sizes, for XL.
             offsets: edits of the soft path's attention projections, as `models.edits.ready` gives them.
-            hard_context: text states `[batch, l', cross_attention_dim]` of the hard path; None runs the soft one alone.
+            hard_context: text states of the hard path, likewise; None runs the soft one alone.
             key_context: what the soft path's keys are of in the place of `context`, of its shape.
             pair: the batch is two halves, and the second attends to the context as the first does.
             blend: weight of the soft path, a scalar or `[batch]`; has no effect without `hard_context`.
