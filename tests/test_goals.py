@@ -98,3 +98,10 @@ def test_goals_without_their_rows_are_not_told(content):
     assert found(content, "those of lora at 300") == []
     content["rows"] = [row for row in content["rows"] if row.get("method") != "base"]
     assert found(content, "without tuning") == found(content, "no encoder saw") == []
+
+
+def test_how_hard_the_held_out_kinds_are_is_told_by_methods_without_an_encoder(content):
+    values, base = content["rows"][4]["values"], content["rows"][1]["values"]["identity"]
+    values["identity"] = [value + (0.2 if k < 30 else 0.1) for k, value in enumerate(base)]
+    [told] = [goal["numbers"] for goal in goals(content) if "no encoder saw" in goal["text"]]
+    assert told.endswith("; lora, without an encoder, 50.0%")
