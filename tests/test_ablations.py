@@ -2,16 +2,21 @@
 
 import json
 import shlex
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from datencoder_jax.benchmark import ablations
+import datencoder_jax
+from datencoder_jax.benchmark import ablations, held_out
 from datencoder_jax.benchmark.entries import parse_entries
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig
 from datencoder_jax.training.recipes import load_recipe
 from datencoder_jax.training.tuning_encoder import Weights
 
 RECIPE = "configs/toyworld_encoder.py"
+SHIPPED = Path(datencoder_jax.__file__).parent / "assets" / "toyworld_encoder"
 
 
 @pytest.mark.parametrize("name", ablations.ABLATIONS)
@@ -39,21 +44,33 @@ def test_encoders_are_pretrained_once_and_the_command_measures_them(tmp_path, ca
         ran.append(workdir.name)
         if workdir.name == "no_hypernetwork":
             real(config, workdir)
-        else:  # the recipe as it is is trained elsewhere
+        else:  # the recipe as it is is trained elsewhere, and well
             assert config.encoder == load_recipe(RECIPE, "smoke").encoder and config.steps == 1
-            folder = tmp_path / workdir.name / "encoder"
-            folder.mkdir(parents=True)
-            (folder / "config.json").write_text("{}")
+            shutil.copytree(SHIPPED, tmp_path / workdir.name / "encoder")
 
     monkeypatch.setattr(ablations, "run_stage", stage)
+    monkeypatch.setattr(held_out, "BATCHES", 3)
+    monkeypatch.setattr(held_out, "_BATCH", 4)
     arguments = ["--variant", "smoke", "--steps", "1", "--only", "as_it_is", "no_hypernetwork", "--out", str(tmp_path)]
     ablations.main(arguments)
     assert ran == ["as_it_is", "no_hypernetwork"]
     made = tmp_path / "no_hypernetwork" / "encoder"
     assert json.loads((made / "config.json").read_text())["inventory"] == []
+    first = capsys.readouterr().out.splitlines()
+    files = [tmp_path / name / "losses.json" for name in ran]
+    good, bad = (json.loads(file.read_text()) for file in files)
+    assert all(len(good[group]) == 3 and np.isfinite(good[group]).all() for group in held_out.GROUPS)
+    # What one batch differs from another by is the noise's, which both see: it is far more than they differ by.
+    difference = np.subtract(bad["in domain"], good["in domain"])
+    assert 0 < difference.mean() and difference.std() < np.std(good["in domain"])
+    means = [f"{np.mean(good[group]):.4f}" for group in held_out.GROUPS]
+    assert f"| as_it_is | {means[0]} | {means[1]} |" in first
+    assert any(line.startswith(f"| no_hypernetwork | {difference.mean():+.4f} [") for line in first)
+    files[1].write_text(json.dumps({group: [value - 1.0 for value in good[group]] for group in good}))
     ablations.main(arguments)
-    assert len(ran) == 2
-    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    again = capsys.readouterr().out.splitlines()
+    assert len(ran) == 2 and any("| no_hypernetwork | -1.0000 [" in line for line in again)  # measured once
+    command = shlex.split(again[-1])
     entries = parse_entries(command[command.index("--methods") + 1 : command.index("--steps")])
     assert [entry.encoder for entry in entries[:2]] == [str(tmp_path / name / "encoder") for name in ran]
     assert len(entries) == 2 + len(ablations.TUNING)

@@ -1,24 +1,34 @@
 """Encoders that differ in one thing each, pretrained alike: `python -m datencoder_jax.benchmark.ablations --out DIR`.
 
 Each is the recipe with the changes of `ABLATIONS`, for the same small number of steps from the same random weights.
-What was killed goes on when the same command is run again. At the end the command is printed that measures them all;
-what differs in tuning and drawing alone needs no encoder of its own and is added to it (`TUNING`).
+What was killed goes on when the same command is run again. At the end a table says what each leaves of the denoising
+loss (`benchmark.held_out`), and the command is printed that measures their pictures; what differs in tuning and drawing
+alone needs no encoder of its own and is added to it (`TUNING`).
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
+from datencoder_jax.benchmark.held_out import GROUPS, losses, open_groups
 from datencoder_jax.errors import UserError
+from datencoder_jax.evaluation.scores import bootstrap
 from datencoder_jax.training import distributed
+from datencoder_jax.training.encoder_stage import read_frozen
 from datencoder_jax.training.recipes import load_recipe
 from datencoder_jax.training.stages import run_stage
 
+_PLAIN = "as_it_is"
+
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "as_it_is": {},
+    _PLAIN: {},
     "no_contrastive_loss": {"weights.contrastive": 0.0},
     "no_norm_penalty": {"weights.norm": 0.0},
     "one_neighbour": {"weights.neighbours": 1},
@@ -92,13 +102,44 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: {ABLATIONS[name] or 'no change'}", file=sys.stderr)
         config = changed(recipe, ABLATIONS[name])
         config.update(steps=args.steps, output=str(folders[name]), preview_every=0)
+        # So few steps see no more of them, and to draw and encode them takes minutes.
+        config.data.concepts = min(config.data.concepts, max(1, args.steps * config.batch_size // 2))
         run_stage(config, workdir)
+    print(table(measured(recipe, folders)))
     entries = [f"datencoder:encoder={folder}" for folder in folders.values()]
-    if "as_it_is" in folders:
-        own = folders["as_it_is"]
+    if _PLAIN in folders:
+        own = folders[_PLAIN]
         entries += [f"{entry},encoder={own}" for entry in TUNING]
     command = ["datencoder", "evaluate", "--suite", "toyworld", "--methods", *entries]
     print(shlex.join([*command, "--steps", "0,12", "--seeds", "1", "--out", str(args.out / "table")]))
+
+
+def measured(recipe: Any, folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:
+    """Losses of every encoder by name and group; those that were measured before are read."""
+    files = {name: folder.parent / "losses.json" for name, folder in folders.items()}
+    missing = [name for name, file in files.items() if not file.exists()]
+    if missing:
+        pipeline = read_frozen(recipe)
+        groups = open_groups(pipeline, recipe)
+        for name in tqdm(missing, desc="measuring losses", unit="encoder"):
+            files[name].write_text(json.dumps(losses(pipeline, groups, recipe, folders[name])), encoding="utf-8")
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+
+
+def table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Markdown: mean losses, or where the recipe as it is was measured too, differences from it with 95 % intervals."""
+    lines = ["| encoder | " + " | ".join(GROUPS) + " |", "|---|" + "---|" * len(GROUPS)]
+    for name, groups in found.items():
+        cells = []
+        for group in GROUPS:
+            values = np.array(groups[group])
+            if name == _PLAIN or _PLAIN not in found:
+                cells.append(f"{values.mean():.4f}")
+            else:
+                d = bootstrap(values - np.array(found[_PLAIN][group]))
+                cells.append(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ With `I`, `P` and `IP` the mean identity, prompt score and product of a row, and
     new     g of datencoder@12 on kinds of things held out is at least 0.8 of that on the others                (5)
 
 Only goals whose rows are there are told, (2) only where one run measured both rows. Differences are paired over the
-subjects that both rows have. With (5) comes the same share of methods that no encoder helps: what they fall short of 1 by
-is how much harder the held-out kinds are for the base model, not what an encoder has not seen.
+subjects that both rows have. With (5) comes the same share of methods that no encoder helps: what they fall short of 1
+by is how much harder the held-out kinds are for the base model, not what an encoder has not seen.
 """
 
 from collections.abc import Mapping, Sequence

@@ -190,19 +190,20 @@ def _parts(config) -> _Parts:
         raise UserError(f"draws is {config.draws}; a prediction is tried on 1 target or more")
     pipeline = read_frozen(config)
     data, previews = (_pairs if "concepts" in config.data else _pictures)(config, pipeline)
-    tokenizer = pipeline.tokenizer
-    frozen = Frozen(
-        pipeline.base,
-        jnp.asarray(tokenizer.encode([""])),
-        jnp.asarray(tokenizer.encode([template.format(TOKEN) for template in TEMPLATES], {TOKEN: 1})),
-    )
     common = {
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "remat": config.remat,
         "identity": {"base": pipeline.fingerprint, "data": data.identity},
     }
-    return _Parts(pipeline, frozen, data, previews, mesh, common)
+    return _Parts(pipeline, frozen_of(pipeline), data, previews, mesh, common)
+
+
+def frozen_of(pipeline: Pipeline) -> Frozen:
+    """What is not trained, and the prompts that tell nothing of a picture."""
+    tokenizer = pipeline.tokenizer
+    prompts = tokenizer.encode([template.format(TOKEN) for template in TEMPLATES], {TOKEN: 1})
+    return Frozen(pipeline.base, jnp.asarray(tokenizer.encode([""])), jnp.asarray(prompts))
 
 
 def _fit(task, kind: type, config, workdir: Path, fingerprint: str, **options) -> None:
