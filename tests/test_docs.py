@@ -14,7 +14,7 @@ from datencoder_jax.memory import PRESETS
 from datencoder_jax.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page):
@@ -46,7 +46,7 @@ def texts():
     return "\n".join(text(node) for tree in trees for node in ast.walk(tree))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_parses(page):
     for command in commands(page):
         build_parser().parse_args(shlex.split(command, comments=True)[1:])
@@ -57,7 +57,7 @@ def test_there_are_commands():
     assert len(found) > 15 and set(found) >= {"personalize", "generate", "export", "pretrain", "toyworld", "info"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_call_in_python_fits(page):
     for code in (block for block in blocks(page) if block.startswith(("from ", "import "))):
         for node in ast.walk(ast.parse(code)):
@@ -74,7 +74,7 @@ def test_every_explained_message_exists(texts):
     assert not [message for message in messages if message.removesuffix(" …") not in texts]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
         if "://" in target:
