@@ -16,7 +16,7 @@ SPARE = 3
 
 def run(pipeline, steps, **options):
     options |= {"config": CONFIG, "learning_rates": LearningRates(1e-3, 1e-2), "quiet": True}
-    return api.personalize(pipeline, pictures(1), steps=steps, **options)
+    return api.personalize(pipeline, list(pictures(1)), steps=steps, **options)
 
 
 def factors(found) -> dict[str, LowRank]:

@@ -36,7 +36,7 @@ def measure(pipeline: Pipeline, picture: np.ndarray, rows: Sequence[Row], word: 
 
 def run(pipeline: Pipeline, picture: np.ndarray, row: Row, word: str, seed: int) -> float:
     """Of one concept: what it starts from, and tuning."""
-    method = row.entry.method
+    method, options = row.entry.method, dict(row.entry.options)
     made = api.personalize(
         pipeline,
         [picture],
@@ -44,6 +44,7 @@ def run(pipeline: Pipeline, picture: np.ndarray, row: Row, word: str, seed: int)
         steps=row.steps,
         word=None if METHODS[method].word is None else word,
         seed=seed,
+        options=options,
         quiet=True,
     )
     return made.report["seconds"]["predict"] + made.report["seconds"].get("tune", 0.0)
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--methods",
         nargs="+",
         default=["datencoder@12", "lora@300", "dreambooth@300"],
-        metavar="METHOD@STEPS",
+        metavar="METHOD[:OPTION=VALUE]@STEPS",
         help="at their default rates (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=4, help="(default: %(default)s)")
@@ -78,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         rows = make_rows(parse_entries(args.methods), (12,))
         for row in rows:
-            if row.entry.method == BASE or row.entry.options:
-                raise UserError(f"{row.entry.label} cannot be timed here; name a method alone, such as lora@300")
+            if row.entry.method == BASE or row.entry.options.keys() - METHODS[row.entry.method].choices.keys():
+                raise UserError(
+                    f"{row.entry.label} cannot be timed here; name a method, with options of its own, such as lora@300"
+                )
         if args.rounds < 1:
             raise UserError(f"--rounds must be 1 or more, not {args.rounds}")
         picture = read_image(args.picture)
