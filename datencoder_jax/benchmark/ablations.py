@@ -122,7 +122,9 @@ def measured(recipe: Any, folders: Mapping[str, Path]) -> dict[str, dict[str, li
         pipeline = read_frozen(recipe)
         groups = open_groups(pipeline, recipe)
         for name in tqdm(missing, desc="measuring losses", unit="encoder"):
-            files[name].write_text(json.dumps(losses(pipeline, groups, recipe, folders[name])), encoding="utf-8")
+            part = files[name].with_suffix(".part")  # a file is whole or not there
+            part.write_text(json.dumps(losses(pipeline, groups, recipe, folders[name])), encoding="utf-8")
+            part.replace(files[name])
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
 
 
