@@ -202,6 +202,7 @@ def personalize(
                 None if variables.gate is None else _metric(pipeline, chosen, quiet),
                 None if chosen.calibration is None else jnp.float32(chosen.calibration),
                 None if chosen.focus is None or hard is None else focus(latents, hard),
+                None if chosen.levels == (0.0, 1.0) else jnp.array(chosen.levels, jnp.float32),
             )
             state = tuning.start(variables)
             state, losses = tuning.run(state, problem, steps=steps, config=config, quiet=quiet)

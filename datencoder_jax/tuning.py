@@ -18,8 +18,12 @@ read once, before it. Where a reader predicts `v*` for every sample (`encoder.re
 variables, and the penalty is on what the prediction adds to the embeddings. In (3) `i` is the direction of a gate
 (`models.edits`) and `e` the text state where the template holds the concept, so the gate stays with the concept as that
 moves.
+
+Most of a step's gradient is noise. A method may leave out timesteps at both ends (ours): where noise is low the picture
+is known already, and where it is high it cannot be told yet, so that little is learnt there of a concept.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -105,6 +109,7 @@ class Problem(NamedTuple):
         metric: `C^-1` `[width, width]` of equation (3), where the variables have a gate.
         calibration: `lambda_c`, scalar, where the embeddings are a modifier and a class word for each concept.
         focus: what squared errors are weighted with, `[views, h, w]` (`methods.focus`); None for 1.
+        levels: the lowest and highest `t`, as shares of the schedule, `[2]`; None for all of it.
     """
 
     base: Base
@@ -119,6 +124,7 @@ class Problem(NamedTuple):
     metric: jax.Array | None = None
     calibration: jax.Array | None = None
     focus: jax.Array | None = None
+    levels: jax.Array | None = None
 
 
 class TuneState(NamedTuple):
@@ -176,13 +182,14 @@ def tune_loss(variables: Variables, problem: Problem, draw_key: jax.Array, confi
     """Equation (1), a scalar."""
     base, count = problem.base, config.draws
     own_key, prior_key = (draw_key, draw_key) if problem.prior is None else jax.random.split(draw_key)
-    drawn = _draw(base, problem.latents, own_key, count, problem.focus)
+    draw = functools.partial(_draw, base, count=count, levels=problem.levels)
+    drawn = draw(problem.latents, own_key, focus=problem.focus)
     vectors = base.vectors(variables, drawn.noisy, drawn.t)
     soft, hard = problem.soft or base.condition(problem.soft_ids, vectors), problem.hard
     each = jnp.full(count, 1.0 / count)
     if problem.prior is not None:
         everywhere = None if problem.focus is None else jnp.ones(problem.prior.latents.shape[:3])
-        drawn = _joined(drawn, _draw(base, problem.prior.latents, prior_key, count, everywhere))
+        drawn = _joined(drawn, draw(problem.prior.latents, prior_key, focus=everywhere))
         plain, soft, hard = (x and _repeated(x, count) for x in (problem.prior.prompt, soft, hard))
         soft, hard = _joined(soft, plain), hard and _joined(hard, plain)
         each = jnp.concatenate([each, each * problem.prior.weight])
@@ -226,12 +233,14 @@ class _Drawn(NamedTuple):
     focus: jax.Array | None
 
 
-def _draw(base: Base, latents: jax.Array, key: jax.Array, count: int, focus: jax.Array | None) -> _Drawn:
-    """`count` of the latents `[n, h, w, c]`, noised, with their weights of `focus [n, h, w]`."""
+def _draw(
+    base: Base, latents: jax.Array, key: jax.Array, *, count: int, levels: jax.Array | None, focus: jax.Array | None
+) -> _Drawn:
+    """`count` of the latents `[n, h, w, c]`, noised between `levels [2]`, with their weights of `focus [n, h, w]`."""
     view_key, t_key, noise_key = jax.random.split(key, 3)
     chosen = jax.random.randint(view_key, (count,), 0, len(latents))
     latents, focus = latents[chosen], None if focus is None else focus[chosen]
-    t = stratified_timesteps(t_key, count, base.schedule.num_train_timesteps)
+    t = stratified_timesteps(t_key, count, base.schedule.num_train_timesteps, levels)
     noise = jax.random.normal(noise_key, latents.shape)
     alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[t]
     wanted = target(latents, noise, alpha_bar, base.schedule.prediction_type)

@@ -48,13 +48,13 @@ def test_what_is_timed_is_a_concept_made(capsys, monkeypatch):
     made, real = [], api.personalize
     monkeypatch.setattr(api, "personalize", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
     seconds.main(
-        ["examples/robot.png", "--methods", "datencoder:spare=2@1", "lora@2", "--word", "robot", "--rounds", "1"]
+        ["examples/robot.png", "--methods", "datencoder:focus=0.2@1", "lora@2", "--word", "robot", "--rounds", "1"]
     )
     ours, other = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
-    assert ours[:2] == ["| datencoder:spare=2, 1", "3"] and other[:2] == ["| lora, 2", "1"]
+    assert ours[:2] == ["| datencoder:focus=0.2, 1", "3"] and other[:2] == ["| lora, 2", "1"]
     assert float(ours[2]) > 0 and float(other[2]) > 0 and ours[4] == "1.0 |"
     about = [each.concept.metadata for each in made[:2]]
-    assert [each["method"] for each in about] == ["datencoder", "lora"] and about[0]["option_spare"] == "2.0"
+    assert [each["method"] for each in about] == ["datencoder", "lora"] and about[0]["option_focus"] == "0.2"
 
 
 @pytest.mark.parametrize(

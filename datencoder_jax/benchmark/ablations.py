@@ -56,6 +56,7 @@ TUNING = (
     "datencoder:sampling_blend=0.75",
     "datencoder:sampling_blend=0.25",
     "datencoder:focus=0",
+    "datencoder:lowest=0,highest=1",
     "datencoder:norm_weight=0",
     "datencoder:offsets=off",
     "datencoder:embeddings=off",

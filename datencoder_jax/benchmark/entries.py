@@ -5,6 +5,7 @@ An entry is written `METHOD`, or `METHOD:OPTION=VALUE,OPTION=VALUE`, and may end
     datencoder                                as it is
     datencoder:start=word,blend=1             tuned from the class word instead of the encoder's prediction, one path
     datencoder:encoder=runs/plain/encoder     with another encoder
+    lora:lowest=0.4,highest=0.6@12            tuned at the noise levels that datencoder is tuned at
     datencoder:gains=0.4/1.6@0                its prediction under other gains than the encoder's own
     lora:rank=8,rates=0/3e-3@300              these learning rates, 300 steps
     perfusion:lock=global,gate=0.8/0.1        options of the method's own; another gate when drawing

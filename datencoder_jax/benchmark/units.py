@@ -191,13 +191,14 @@ def shown_prompts(setup: Setup) -> list[str]:
 
 
 def of_row(setup: Setup, row: Row) -> dict[str, Any]:
-    """What a row depends on beside the settings of all: rates, momentum, and its encoder as it now is."""
+    """What a row depends on beside the settings of all: rates, options, how it is tuned, its encoder as it now is."""
     about: dict[str, Any] = {"steps": row.steps, "rates": list(row.rates)}
-    if row.steps:
-        about["momentum"] = row.entry.options.get("momentum", momentum_for(row.steps))
     if row.entry.method == BASE:
         return about
     method, options = METHODS[row.entry.method], row.entry.options
+    if row.steps:
+        tuning = {"momentum": momentum_for(row.steps), **method.own}
+        about |= {name: options.get(name, value) for name, value in tuning.items()}
     encoder = method.encoder and getattr(open_pipeline(setup.unscored, row.entry.encoder), method.encoder)
     if not encoder:
         return about

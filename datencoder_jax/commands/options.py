@@ -106,8 +106,8 @@ def _add_personalize(commands: Any) -> None:
         nargs="+",
         action="extend",
         metavar="KEY=VALUE",
-        help="focus of any method; of the method's own: spare of datencoder, lock, beta and tau of perfusion, layers "
-        "of infusion, calibration of disendiff",
+        help="focus, lowest and highest of any method; of the method's own: lock, beta and tau of perfusion, layers of "
+        "infusion, calibration of disendiff",
     )
     add(
         "--token",

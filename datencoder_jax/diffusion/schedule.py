@@ -155,13 +155,17 @@ def _levels(alpha_bar: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.sqrt(alpha_bar).astype(like.dtype), jnp.sqrt(1.0 - alpha_bar).astype(like.dtype)
 
 
-def stratified_timesteps(key: jax.Array, count: int, steps: int) -> jax.Array:
+def stratified_timesteps(key: jax.Array, count: int, steps: int, levels: tuple[float, float] = (0.0, 1.0)) -> jax.Array:
     """`count` timesteps in 0 .. steps - 1, int32 `[count]`, ascending: a uniform draw from each of `count` equal bands.
 
     Each is uniform over the schedule when its row is, and their mean varies less than that of independent draws.
+
+    Args:
+        levels: where the lowest band begins and the highest ends, as shares of the schedule, `[2]`; None for all of it.
     """
+    low, high = (0.0, 1.0) if levels is None else levels
     bands = jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, (count,))
-    return jnp.minimum((bands * (steps / count)).astype(jnp.int32), steps - 1)
+    return jnp.minimum((steps * low + bands * (steps * (high - low) / count)).astype(jnp.int32), steps - 1)
 
 
 def add_noise(x0: jax.Array, noise: jax.Array, alpha_bar: jax.Array) -> jax.Array:

@@ -9,12 +9,6 @@ Tuning goes on from x. In a concept that is not tuned, each offset has a gain (o
 
     A_l B_l <- g_l A_l B_l,    g_l the encoder's own for values of cross-attention and for self-attention, else 1   (2)
 
-The option `spare` lets tuning move in more directions than were predicted (ours): every offset gets that many more,
-with three times the A' that LoRA starts with (`methods.lora`, equation (1)), so that they move at rates that leave the
-predicted ones nearly as they are,
-
-    A_l, B_l <- [A_l, 3 A'_l], [B_l; 0]                                                                             (3)
-
 `predict` is one program. `predict_in_parts` runs the same functions as four, each with the networks it needs alone.
 
 Factors are averaged, not their products: the decoders are shared, so the factors of one projection live in one basis.
@@ -22,7 +16,6 @@ Gains above 1 draw a likeness that a dozen steps reach otherwise, and stand in t
 prompts are lost sooner. The encoder's configuration has them, chosen on development individuals.
 """
 
-import functools
 from typing import cast
 
 import jax
@@ -32,7 +25,6 @@ from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
 from datencoder_jax.encoder.features import Seen, extract, vision_features
-from datencoder_jax.errors import UserError
 from datencoder_jax.methods.lora import zero_offsets
 from datencoder_jax.methods.method import Method, Setup
 from datencoder_jax.models.module import Model
@@ -40,8 +32,6 @@ from datencoder_jax.typing import Condition, Features, LearningRates, LowRank, V
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 """The `t_j` of equation (1), as shares of the schedule."""
-_SPREAD = 3.0
-"""Of equation (3)."""
 
 
 def levels(timesteps: int) -> jax.Array:
@@ -173,19 +163,8 @@ def _amplified(predicted: Variables, gains: tuple[float, float]) -> Variables:
     return predicted._replace(offsets={path: x._replace(up=gain(path) * x.up) for path, x in offsets.items()})
 
 
-def _widened(predicted: Variables, base: Base, spare: int, key: jax.Array) -> Variables:
-    """Equation (3)."""
-
-    def wider(own: LowRank, more: LowRank) -> LowRank:
-        down = jnp.concatenate([own.down, _SPREAD * more.down], axis=1)
-        return LowRank(down, jnp.concatenate([own.up, more.up]))
-
-    further, offsets = zero_offsets(base, spare, key), cast(dict[str, LowRank], predicted.offsets)
-    return predicted._replace(offsets={path: wider(x, further[path]) for path, x in offsets.items()})
-
-
-def start(setup: Setup, spare: int = 0) -> Variables:
-    """The encoder's prediction: with `spare` further directions where it is tuned, with its gains where it is not.
+def start(setup: Setup) -> Variables:
+    """The encoder's prediction, with its gains where it stays as it is.
 
     Offsets that it does not predict, for want of a hypernetwork, start at zero.
     """
@@ -194,28 +173,12 @@ def start(setup: Setup, spare: int = 0) -> Variables:
     empty = jnp.asarray(pipeline.tokenizer.encode([""]))
     run = predict_in_parts if pipeline.memory.in_parts else predict
     predicted = run(pipeline.base, pipeline.encoder, setup.pictures, empty, setup.key, quiet=setup.quiet)
-    if not predicted.offsets:
-        predicted = predicted._replace(offsets=zero_offsets(pipeline.base, pipeline.encoder.config.rank, setup.key))
-    elif not setup.tuned:
-        return _amplified(predicted, pipeline.encoder.config.gains)
-    if not (spare and setup.tuned):
-        return predicted
-    return _widened(predicted, pipeline.base, spare, jax.random.fold_in(setup.key, 1))
+    if predicted.offsets:
+        return predicted if setup.tuned else _amplified(predicted, pipeline.encoder.config.gains)
+    return predicted._replace(offsets=zero_offsets(pipeline.base, pipeline.encoder.config.rank, setup.key))
 
 
-def _variant(spare: float) -> Method:
-    if spare < 0 or spare != int(spare):
-        raise UserError(f"option spare of datencoder is {spare:g}, not a whole number of 0 or more")
-    return Method(
-        12,
-        LearningRates(embeddings=1e-3, offsets=1e-2),
-        functools.partial(start, spare=int(spare)),
-        focus=0.1,
-        encoder="encoder",
-        defaults={"spare": 0},
-        variant=_variant,
-    )
-
-
-METHOD = _variant(spare=0)
+METHOD = Method(
+    12, LearningRates(embeddings=1e-3, offsets=1e-2), start, focus=0.1, levels=(0.4, 0.6), encoder="encoder"
+)
 """The steps are the paper's, the rates ours."""

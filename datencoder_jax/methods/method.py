@@ -63,6 +63,7 @@ class Method:
         several: whether a concept may have several placeholders, one for each word, which is one token.
         calibration: `lambda_c` of tuning; None for none.
         focus: the floor `f` of `methods.focus`, which weights the pictures' pixels in tuning; None for all alike.
+        levels: the lowest and highest timesteps of tuning, as shares of the schedule.
         exports: what other programs can have of its concepts, of `checkpoints.export.KINDS`.
     """
 
@@ -81,12 +82,18 @@ class Method:
     several: bool = False
     calibration: float | None = None
     focus: float | None = None
+    levels: tuple[float, float] = (0.0, 1.0)
     exports: tuple[str, ...] = KINDS
 
     @property
     def choices(self) -> dict[str, float | tuple[str, ...]]:
-        """All options by name, as in `defaults`: `focus`, which every method has (0 for none), and its own."""
-        return {"focus": self.focus or 0.0, **self.defaults}
+        """All options by name, as in `defaults`: `focus` (0 for none) and two levels, which all have, and its own."""
+        return {"focus": self.focus or 0.0, "lowest": self.levels[0], "highest": self.levels[1], **self.defaults}
+
+    @property
+    def own(self) -> dict[str, float | str]:
+        """The options of `choices` where nothing else is asked for."""
+        return {key: _first(default) for key, default in self.choices.items()}
 
     def with_options(self, name: str, options: Mapping[str, Any] | None) -> "Method":
         """The method under some options of its own; numbers may be given as text.
@@ -99,7 +106,7 @@ class Method:
         """
         if not options:
             return self
-        values: dict[str, Any] = {key: _first(default) for key, default in self.choices.items()}
+        values: dict[str, Any] = dict(self.own)
         for key, value in options.items():
             if key not in self.choices:
                 raise UserError(f"{name} takes no option {key!r}; it takes: {', '.join(self.choices)}")
@@ -107,10 +114,16 @@ class Method:
                 values[key] = read_option(self.choices[key], value)
             except ValueError as error:
                 raise UserError(f"option {key} of {name} is {value!r}, not {error}") from None
-        focus = values.pop("focus")
+        focus, lowest, highest = (values.pop(key) for key in ("focus", "lowest", "highest"))
         if not 0.0 <= focus <= 1.0:
             raise UserError(f"option focus of {name} is {focus:g}, not a number from 0 (none) to 1")
-        return replace(self.variant(**values) if self.variant else self, focus=focus or None)
+        if not 0.0 <= lowest < highest <= 1.0:
+            raise UserError(
+                f"options lowest and highest of {name} are {lowest:g} and {highest:g}, not two numbers from 0 to 1, "
+                "the higher one last"
+            )
+        chosen = self.variant(**values) if self.variant else self
+        return replace(chosen, focus=focus or None, levels=(lowest, highest))
 
 
 def read_option(default: float | tuple[str, ...], value: Any) -> float | str:
