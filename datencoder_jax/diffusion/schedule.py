@@ -155,7 +155,7 @@ def _levels(alpha_bar: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.sqrt(alpha_bar).astype(like.dtype), jnp.sqrt(1.0 - alpha_bar).astype(like.dtype)
 
 
-def stratified_timesteps(key: jax.Array, count: int, steps: int, levels: tuple[float, float] = (0.0, 1.0)) -> jax.Array:
+def stratified_timesteps(key: jax.Array, count: int, steps: int, levels: jax.Array | None = None) -> jax.Array:
     """`count` timesteps in 0 .. steps - 1, int32 `[count]`, ascending: a uniform draw from each of `count` equal bands.
 
     Each is uniform over the schedule when its row is, and their mean varies less than that of independent draws.
