@@ -59,7 +59,7 @@ def test_entries_are_methods_with_options_and_steps():
 
 def test_rates_of_an_entry_are_its_own_or_the_methods_and_0_where_a_part_is_off():
     plain, own, off = parse_entries(["datencoder", "lora:rates=0/3e-3", "datencoder:offsets=off"])
-    assert plain.rates == (1e-3, 1e-2) and own.rates == (0.0, 3e-3) and off.rates == (1e-3, 0.0)
+    assert plain.rates == (3.2e-3, 1e-2) and own.rates == (0.0, 3e-3) and off.rates == (3.2e-3, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_other_settings_are_refused_by_name(ran, model, capsys):  # noqa: F811
     rates = ran / "other.json"
     rates.write_text(json.dumps({"format": "datencoder-rates", "chosen": {"datencoder@2": [0.5, 0.5]}, "tried": {}}))
     assert evaluate(model, ran, *ASKED, "--rates", rates) == 2
-    assert "rates of datencoder@2 was [0.001, 0.01] and is now [0.5, 0.5]" in capsys.readouterr().err
+    assert "rates of datencoder@2 was [0.0032, 0.01] and is now [0.5, 0.5]" in capsys.readouterr().err
 
 
 def test_what_failed_is_tried_again_when_asked(ran, model, capsys):  # noqa: F811

@@ -179,6 +179,6 @@ def start(setup: Setup) -> Variables:
 
 
 METHOD = Method(
-    12, LearningRates(embeddings=1e-3, offsets=1e-2), start, focus=0.1, levels=(0.4, 0.6), encoder="encoder"
+    12, LearningRates(embeddings=3.2e-3, offsets=1e-2), start, focus=0.1, levels=(0.4, 0.6), encoder="encoder"
 )
 """The steps are the paper's, the rates ours."""
