@@ -70,7 +70,9 @@ def test_encoders_are_pretrained_once_and_the_command_measures_them(tmp_path, ca
     ablations.main(arguments)
     again = capsys.readouterr().out.splitlines()
     assert len(ran) == 2 and any("| no_hypernetwork | -1.0000 [" in line for line in again)  # measured once
-    command = shlex.split(again[-1])
-    entries = parse_entries(command[command.index("--methods") + 1 : command.index("--steps")])
-    assert [entry.encoder for entry in entries[:2]] == [str(tmp_path / name / "encoder") for name in ran]
-    assert len(entries) == 2 + len(ablations.TUNING)
+    encoders, tuning = (
+        parse_entries(command[command.index("--methods") + 1 : command.index("--steps")])
+        for command in map(shlex.split, again[-2:])
+    )
+    assert [entry.encoder for entry in encoders] == [str(tmp_path / name / "encoder") for name in ran]
+    assert len(tuning) == len(ablations.TUNING) and not any(entry.encoder for entry in tuning)

@@ -2,8 +2,8 @@
 
 Each is the recipe with the changes of `ABLATIONS`, for the same small number of steps from the same random weights.
 What was killed goes on when the same command is run again. At the end a table says what each leaves of the denoising
-loss (`benchmark.held_out`), and the command is printed that measures their pictures; what differs in tuning and drawing
-alone needs no encoder of its own and is added to it (`TUNING`).
+loss (`benchmark.held_out`), and two commands are printed: one measures their pictures, one those of what differs in
+tuning and drawing alone (`TUNING`), with the encoder that ships, since how to tune depends on how good the start is.
 """
 
 import argparse
@@ -51,7 +51,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 """Changes to the recipe by name."""
 
 TUNING = (
+    "datencoder",
     "datencoder:blend=1",
+    "datencoder:blend=0.75",
+    "datencoder:blend=0.25",
     "datencoder:sampling_blend=1",
     "datencoder:sampling_blend=0.75",
     "datencoder:sampling_blend=0.25",
@@ -62,7 +65,7 @@ TUNING = (
     "datencoder:embeddings=off",
     "datencoder:start=word",
 )
-"""Entries of `datencoder evaluate` that differ in tuning or drawing, with the encoder as it is."""
+"""Entries of `datencoder evaluate` that differ in tuning or drawing."""
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -108,11 +111,9 @@ def run(args: argparse.Namespace) -> None:
         run_stage(config, workdir)
     print(table(measured(recipe, folders)))
     entries = [f"datencoder:encoder={folder}" for folder in folders.values()]
-    if _PLAIN in folders:
-        own = folders[_PLAIN]
-        entries += [f"{entry},encoder={own}" for entry in TUNING]
-    command = ["datencoder", "evaluate", "--suite", "toyworld", "--methods", *entries]
-    print(shlex.join([*command, "--steps", "0,12", "--seeds", "1", "--out", str(args.out / "table")]))
+    for methods, steps, out in ((entries, "0,12", "table"), (TUNING, "12", "tuning")):
+        command = ["datencoder", "evaluate", "--suite", "toyworld", "--methods", *methods]
+        print(shlex.join([*command, "--steps", steps, "--seeds", "1", "--out", str(args.out / out)]))
 
 
 def measured(recipe: Any, folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:
