@@ -133,6 +133,16 @@ def test_smaller_steps_are_taken_when_larger_ones_do_not_help():
     assert climb.done and climb.rates(climb.best).offsets == pytest.approx(1e-3 * 10**0.25)
 
 
+def test_a_gain_of_next_to_nothing_is_not_gone_after():
+    climb = Climb(make_rows(parse_entries(["textual_inversion"]), (12,))[0])
+    climb.tried = {(0, 0): {"product": 0.5}, (-1, 0): {"product": 0.501}, (1, 0): {"product": 0.4}}
+    climb.move()
+    assert climb.best == (0, 0) and climb.done
+    climb.stride, climb.tried[-1, 0] = 2, {"product": 0.503}
+    climb.move()
+    assert climb.best == (-1, 0) and not climb.done
+
+
 def test_rates_of_a_file_are_taken_where_they_are_chosen(tmp_path):
     file = tmp_path / "rates.json"
     chosen = {"lora@12": [0.0, 0.5], "lora:rates=0/1e-3@12": [0.0, 0.5]}

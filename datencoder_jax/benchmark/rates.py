@@ -3,9 +3,9 @@
     product = mean over individuals of identity x prompt                                        (1)
 
 that is by the score of the table that neither copying the input picture nor forgetting it wins. Each row climbs from
-its method's own rates until no neighbour is better, the offsets' rate by halves of a power of ten first and then by
-quarters, the embeddings' by halves; a rate of 0 stays 0. All rows climb at once, and every picture is a unit of its own
-below `FOLDER/sweep/`, so a sweep goes on where it was killed too.
+its method's own rates until no neighbour is worth going to (`_WORTH`), the offsets' rate by halves of a power of ten
+first and then by quarters, the embeddings' by halves; a rate of 0 stays 0. All rows climb at once, and every picture is
+a unit of its own below `FOLDER/sweep/`, so a sweep goes on where it was killed too.
 """
 
 import hashlib
@@ -29,6 +29,10 @@ _FORMAT = "datencoder-rates"
 _FACTORS = LearningRates(embeddings=10**0.5, offsets=10**0.25)
 """By what a place further on changes each rate: that of the offsets decides more."""
 
+_WORTH = 0.002
+"""What (1) must gain for a place to be gone to: less is the luck of a few individuals, and a row would walk for hours
+along a rate that changes nothing."""
+
 Place = tuple[int, int]
 
 
@@ -43,7 +47,7 @@ class Climb:
 
     @property
     def done(self) -> bool:
-        """Whether no neighbour is better."""
+        """Whether no neighbour is worth going to."""
         return not self.stride
 
     def rates(self, place: Place) -> LearningRates:
@@ -59,9 +63,9 @@ class Climb:
         return [self.best, *((first + a, second + b) for a, b in moves)]
 
     def move(self) -> None:
-        """Goes to the best neighbour, all of which have been tried; takes smaller steps where that is here."""
+        """Goes to the best neighbour, all of which have been tried; takes smaller steps where none is worth it."""
         better = max(self.neighbours(), key=lambda place: self.tried[place][PRODUCT])
-        if better != self.best:
+        if self.tried[better][PRODUCT] > self.tried[self.best][PRODUCT] + _WORTH:
             self.best = better
         else:
             # Where only the embeddings are tuned there are no smaller steps.
