@@ -2,6 +2,7 @@
 
 import json
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -76,8 +77,13 @@ def test_nothing_but_failures_is_a_report_too(tmp_path):
 def test_an_unfinished_run_says_so(tmp_path):
     content = small(tmp_path)
     content["rows"][2]["unfinished"] = 3
-    small(tmp_path, rows=content["rows"])
+    for row in content["rows"]:
+        row["values"]["CLIP-T"] = row["values"]["CLIP-I"]
+    axes = {"identity": "CLIP-I", "prompt": "CLIP-T"}
+    small(tmp_path, rows=content["rows"], scores={"CLIP-I": {}, "CLIP-T": {}}, axes=axes)
     write_report(tmp_path)
+    drawn = ElementTree.parse(tmp_path / "plots" / "pareto.svg").getroot().itertext()
+    assert {"12", "300", "12 (unfinished)"} <= {text.strip() for text in drawn}
     page = Page((tmp_path / "report.html").read_text("utf-8"))
     assert "The run is not finished: 3 units to come" in page.text
     assert [texts(page.table("costs")[key][-1]) for key in (("lora", 12), ("para", 12))] == [["0"], ["3"]]

@@ -122,7 +122,12 @@ def _draw(axes: Axes, plane: _Plane, label: str, style: Style) -> None:
 def _steps(rows: Sequence[Row], xs: np.ndarray, ys: np.ndarray, style: Style) -> list:
     """What is written beside the points."""
     points = zip(rows, xs, ys, strict=True)
-    return [(x, y, str(row.steps), style.colour, _STEPS) for row, x, y in points if row.steps is not None]
+    return [(x, y, _told(row), style.colour, _STEPS) for row, x, y in points if row.steps is not None]
+
+
+def _told(row: Row) -> str:
+    """A point's steps, and whether it will move as more of its units are made."""
+    return f"{row.steps}{' (unfinished)' if row.unfinished else ''}"
 
 
 def _face(axes: Axes, plane: _Plane) -> None:
