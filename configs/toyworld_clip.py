@@ -46,7 +46,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             "best": {"metric": "", "mode": "max"},
         }
     )
-    if variant == "smoke":
+    if variant == "smoke":  # and leaves the results of the full one alone
+        config.base = "runs/smoke/base"
         config.data.count = 64
         for part in (config.text, config.vision):
             part.update(hidden_size=16, intermediate_size=32, projection_dim=16)

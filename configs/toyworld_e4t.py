@@ -49,7 +49,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             "best": {"metric": "", "mode": "max"},
         }
     )
-    if variant == "smoke":
+    if variant == "smoke":  # and leaves the results of the full one alone
+        config.output = "runs/smoke/e4t_out"
         config.data.concepts, config.data.views = 12, 2
         config.encoder.update(width=32, depth=1, rank=2)
         config.batch_size, config.steps, config.preview_every, config.log_every = 8, 4, 0, 2

@@ -17,7 +17,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             "model": "toyworld",
             "vision": "",
             "dtype": "float32",
-            "output": "runs/toyworld/encoder",
+            "output": "runs/toyworld/encoder_out",
             "initial": "",
             "fresh": "",
             "data": {"concepts": 16_000, "views": 4, "flat": 0.7, "template_share": 0.25},
@@ -62,7 +62,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             "best": {"metric": "", "mode": "max"},
         }
     )
-    if variant == "smoke":
+    if variant == "smoke":  # and leaves the results of the full one alone
+        config.output = "runs/smoke/encoder"
         config.data.concepts, config.data.views = 12, 2
         config.encoder.update(width=32, depth=1, rank=2)
         config.draws = 2

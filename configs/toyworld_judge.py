@@ -40,7 +40,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             "best": {"metric": "", "mode": "max"},
         }
     )
-    if variant == "smoke":
+    if variant == "smoke":  # and leaves the results of the full one alone
+        config.output = "runs/smoke/judge"
         config.data.update(instances=24, views=2, held_out=12)
         config.model.update(widths=(8, 16), embedding=8)
         config.batch_size, config.steps, config.preview_every, config.log_every = 8, 4, 0, 2

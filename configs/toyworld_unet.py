@@ -59,7 +59,9 @@ def get_config(variant: str = "full") -> ConfigDict:
             "best": {"metric": "", "mode": "max"},
         }
     )
-    if variant == "smoke":
+    if variant == "smoke":  # and leaves the results of the full one alone
+        config.base = "runs/smoke/base"
+        config.output = "runs/smoke/model"
         config.data.count = 64
         config.model.update(block_out_channels=(16,), attention_head_dim=2)
         config.model.update(down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))

@@ -45,7 +45,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             "best": {"metric": "", "mode": "max"},
         }
     )
-    if variant == "smoke":
+    if variant == "smoke":  # and leaves the results of the full one alone
+        config.base = "runs/smoke/base"
         config.data.count = 64
         config.model.block_out_channels = (8, 8)
         config.batch_size, config.steps, config.preview_every, config.log_every = 8, 4, 0, 2

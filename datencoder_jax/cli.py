@@ -17,18 +17,18 @@ from typing import Any, NoReturn
 
 from datencoder_jax.commands.examples import EXAMPLES
 from datencoder_jax.commands.options import add_commands
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import UserError, exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 2 for a mistake in the input, 130 when interrupted."""
+    """Runs one command and returns its exit status: 0, 2 for a mistake in the input, 130 when interrupted, or 1."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     try:
         status = _run(argv)
         sys.stdout.flush()
         return status
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), exit_status(error))
     except BrokenPipeError:  # whoever read the output (`head`, a pager) has left
         _discard_output()
         return 1
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError:  # the output itself is what could not be written
             _discard_output()
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}.")
+        return _fail(f"{place}{error.strerror or error}.", exit_status(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -110,6 +110,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _fail(sentence: str) -> int:
+def _fail(sentence: str, status: int = 2) -> int:
     print(f"error: {sentence}", file=sys.stderr)
-    return 2
+    return status

@@ -1,4 +1,16 @@
-"""The one exception that a person is meant to read."""
+"""The exceptions that a person is meant to read."""
+
+import errno
+
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+}
 
 
 class UserError(Exception):
@@ -6,3 +18,22 @@ class UserError(Exception):
 
     The command line prints the sentence alone and exits with status 2; in Python it is an ordinary exception.
     """
+
+
+class PassingError(UserError):
+    """What no option is at fault for and may be over the next time: a machine that is late, storage that is away.
+
+    The command line exits with status 1, after which launchers start a run again, from its last checkpoint.
+    """
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a failure may be over the next time: a `PassingError`, or storage or network that is away for a while."""
+    return isinstance(error, PassingError) or (isinstance(error, OSError) and error.errno in _PASSING)
+
+
+def exit_status(error: BaseException) -> int:
+    """Of the command line: 130 when interrupted, 2 for a mistake in the input, 1 for all else."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, UserError | OSError) and not is_passing(error) else 1

@@ -93,8 +93,9 @@ def settings(**changes) -> ConfigDict:
     return config
 
 
-def run(workdir, task=None, *, initial=None, accept_changes=False, **changes):
-    return fit(task or Line(), settings(**changes), workdir, initial=initial, accept_changes=accept_changes)
+def run(workdir, task=None, *, initial=None, accept_changes=False, notes=None, **changes):
+    options = {"initial": initial, "accept_changes": accept_changes, "notes": notes}
+    return fit(task or Line(), settings(**changes), workdir, **options)
 
 
 def compile_quickly(patch):

@@ -380,6 +380,15 @@ def test_in_parts_it_is_the_same_and_no_key_is_used_twice(task, domain, trained)
     key_reuse.check_key_reuse(task._drawn, domain.base, {"concepts": batch["concepts"], "images": batch["images"]}, KEY)
 
 
+@pytest.mark.parametrize("side", [SIDE, 2 * SIDE])
+def test_previews_are_as_large_as_the_pictures(task, domain, side):
+    images, ids, _ = task.previews
+    shown = jax.ShapeDtypeStruct((len(images), side, side, 3), jnp.uint8)
+    for params in (None, domain.domain.params):
+        drawn = jax.eval_shape(task._draw, params, task.frozen, shown, ids, KEY)
+        assert drawn.shape == shown.shape and drawn.dtype == shown.dtype
+
+
 def test_an_untrained_encoder_is_the_word_and_the_base_model(task):
     """Every parameter has a place on the mesh, the offsets start at nothing and the prediction near it."""
     params = task.init(KEY)

@@ -17,7 +17,7 @@ from datencoder_jax.data.records import Records
 from datencoder_jax.encoder.features import vision_features
 from datencoder_jax.errors import UserError
 from datencoder_jax.pipeline import read_pipeline
-from datencoder_jax.training.encoder_stage import _pictures, read_frozen
+from datencoder_jax.training.encoder_stage import _parts, _pictures, read_frozen
 from datencoder_jax.training.recipes import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "configs" / "e4t_faces.py"
@@ -34,6 +34,20 @@ def root(tmp_path_factory):
     (root / "pictures" / "2x.png").write_bytes(b"not a picture")
     assert run(root, "--views", "2", "--per-file", "2", "--batch-size", "1") == 0
     return root
+
+
+def test_what_is_left_out_is_told(root, capsys, caplog):
+    assert run(root, "--batch-size", "1", "--views", "1", out="told") == 0
+    assert "pictures left out: 1 (1 no picture)" in capsys.readouterr().out and "2x.png is left out" in caplog.text
+
+
+def test_a_source_of_which_half_is_damaged_is_refused(root, capsys):
+    (root / "bad").mkdir()
+    for number in range(70):
+        (root / "bad" / f"{number}.png").write_bytes(b"not a picture")
+    Image.fromarray(pictures(1)[0]).save(root / "bad" / "good.png")
+    assert run(root, "--batch-size", "1", path="bad", out="refused") == 2
+    assert "more than one half of the pictures cannot be used" in capsys.readouterr().err
 
 
 def changes(root, **source):
@@ -94,6 +108,15 @@ def test_training_takes_them_in_the_pictures_place(root):
     for concept, classes in zip(rows["concepts"], rows["classes"], strict=True):
         own = [index // 2 for index in range(8) if np.array_equal(records[index].arrays["classes"], classes)]
         assert set(own) == {concept}
+
+
+def test_records_hold_one_layer_of_patches(root):
+    sources = changes(root, kind="records", path=str(root / "out"))
+    config = load_recipe(RECIPE, "smoke", [*sources, "previews=2"])
+    config.encoder.unlock()
+    config.encoder.patch_taps = 2
+    with pytest.raises(UserError, match="records hold the patches of one layer"):
+        _parts(config)
 
 
 def test_records_of_another_resolution_or_network_are_refused(root):

@@ -14,14 +14,13 @@ import pytest
 from cli_helpers import fails
 from line_task import run, settings
 
-from datencoder_jax.checkpoints.encoder_folder import read_encoder
+from datencoder_jax.checkpoints.encoder_folder import describe_encoder, read_encoder
 from datencoder_jax.cli import main
 from datencoder_jax.commands.examples import EXAMPLES
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import PassingError, UserError
 from datencoder_jax.training import distributed, loop
 from datencoder_jax.training.checkpoints import Checkpoints
 from datencoder_jax.training.encoder_export import export_encoder
-from datencoder_jax.training.encoder_stage import describe
 
 RECIPE = """
 from line_task import run, settings
@@ -29,7 +28,7 @@ from line_task import run, settings
 def get_config(variant="full"):
     config = settings(steps=40 if variant == "full" else 4)
     config.unlock()
-    config.stage, config.data = "encoder", ({"path": "a"},)
+    config.stage, config.data, config.output = "encoder", ({"path": "a"},), ""
     return config
 """
 
@@ -131,6 +130,10 @@ def test_the_work_folder_holds_the_recipe_that_ran_there(tmp_path):
     with pytest.raises(UserError, match="with another recipe"):
         run(tmp_path, steps=1, ema=0.5)
     assert json.loads((tmp_path / "config.json").read_text()) == settings(steps=1).to_dict()
+    run(tmp_path, steps=1, notes={"encoder.json": "right"})
+    with pytest.raises(UserError, match="with another recipe"):
+        run(tmp_path, steps=1, ema=0.5, notes={"encoder.json": "wrong"})
+    assert (tmp_path / "encoder.json").read_text() == "right"
 
 
 def test_help_has_examples(capsys):
@@ -155,7 +158,8 @@ def trained(pipeline, tmp_path_factory):
     """A work folder with checkpoints 2 and 4 of an encoder, whose averages are not its parameters."""
     work, config = tmp_path_factory.mktemp("trained"), settings(steps=4)
     encoder = pipeline.encoder
-    describe(work, encoder.config, pipeline.fingerprint)
+    description = describe_encoder(encoder.config, pipeline.fingerprint)
+    (work / "encoder.json").write_text(json.dumps(description))
     state = loop.start(encoder.params, config)
     with Checkpoints(work, {"schema": 1}, 3) as checkpoints:
         for step in (2, 4):
@@ -187,6 +191,14 @@ def test_a_run_that_is_not_complete_trains_first(recipe, trained, pipeline, tmp_
     assert pretrain(recipe, "--workdir", trained, "--export-encoder", tmp_path / "out") == 0
     assert len(stages.calls) == 1
     holds_average(tmp_path / "out", pipeline, 4)
+
+
+def test_results_do_not_take_the_place_of_checkpoints(recipe, trained, tmp_path, stages, capsys):
+    new = tmp_path / "new"
+    for work, place in ((new, new), (new, trained), (trained, trained)):
+        for options in (["--export-encoder", place], ["--set", f"output={place}"]):
+            fails(capsys, "the work folder of a run", "pretrain", "--config", recipe, "--workdir", work, *options)
+    assert not stages.calls and {path.name for path in (trained / "checkpoints").iterdir()} >= {"2", "4"}
 
 
 def test_what_cannot_be_exported(trained, tmp_path):
@@ -281,7 +293,7 @@ def test_a_coordinator_that_cannot_be_reached():
         taken = f"localhost:{server.getsockname()[1]}"
         with pytest.raises(UserError, match=f"cannot be the coordinator at {taken} .Address already in use.; name"):
             distributed.initialize(taken, 2, 0, timeout=0)
-    with pytest.raises(UserError, match=f"Process 1 cannot reach the coordinator at {taken} within 0 s .Connection"):
+    with pytest.raises(PassingError, match=f"Process 1 cannot reach the coordinator at {taken} within 0 s .Connection"):
         distributed.initialize(taken, 2, 1, timeout=0)
     with pytest.raises(UserError, match=r"cannot reach the coordinator at nowhere\.invalid:80"):
         distributed.initialize("nowhere.invalid:80", 2, 1, timeout=0)

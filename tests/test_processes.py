@@ -183,5 +183,5 @@ def test_a_process_whose_fellow_dies_ends_too(recipe, tmp_path):
 
 def test_a_process_that_does_not_come(recipe, tmp_path):
     ((status, out, err),) = Pair(recipe, tmp_path, absent=[1], timeout=2).ends()
-    assert status == 2 and err.startswith("error: Not all processes at localhost:") and err.count("\n") == 1
+    assert status == 1 and err.startswith("error: Not all processes at localhost:") and err.count("\n") == 1
     assert out[0].startswith("waiting for 2 processes") and not (tmp_path / "work").exists()

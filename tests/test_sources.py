@@ -54,12 +54,13 @@ def test_a_folder_with_everything_in_the_way(tmp_path):
     (data / "folder.jpg").mkdir()
     (data / "loop").symlink_to(data, target_is_directory=True)
     (data / "broken.jpg").symlink_to(tmp_path / "nowhere")
+    (data / "itself").symlink_to(data / "itself")
     os.mkfifo(data / "pipe.jpg")
     fill(tmp_path / "elsewhere", {"z.jpg": encoded(2)})
     (data / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (data / "\udcff.jpg").write_bytes(encoded(3))
     source = Folder(data)
-    assert source.report == {"not a file": 2} and len(source) == 5
+    assert source.report == {"not a file": 3} and len(source) == 5
     (data / "gone.jpg").unlink()
     reasons = {}
     for index in range(5):

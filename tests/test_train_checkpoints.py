@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from line_task import Line, losses, newest, records, run, same, settings, steps_kept
 
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import PassingError, UserError
 from datencoder_jax.training import checkpoints
 from datencoder_jax.training.checkpoints import Checkpoints, describe, on_disk
 
@@ -141,6 +141,16 @@ def test_the_latest_stay_and_the_best(tmp_path):
     assert steps_kept(tmp_path) == [2, 5, 6]
 
 
+def test_a_run_that_goes_on_keeps_the_best_before(tmp_path):
+    state, best = {"x": np.zeros(1, np.float32)}, {"metric": "psnr", "mode": "max"}
+    for first, scores in ((1, [1.0, 9.0, 2.0]), (4, [3.0]), (5, [4.0, None])):
+        with Checkpoints(tmp_path, {"schema": 1}, 2, best) as kept:
+            for step, score in enumerate(scores, first):
+                kept.save(step, state, None if score is None else {"psnr": score})
+                kept.wait()
+    assert steps_kept(tmp_path) == [2, 5, 6]
+
+
 def test_the_best_may_be_the_lowest(tmp_path):
     scores = iter([9.0, 3.0, 1.0, 4.0, 5.0])
 
@@ -180,6 +190,26 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(again, how, capsys
     run(again, task, steps=4, checkpoint_every=1, threads=1)
     assert "checkpoint 4 cannot be read" in (said := capsys.readouterr().out) and "going on from 3" in said
     assert drawn == [3] and newest(again)[0] == 4 and (again / "checkpoints" / "4.unreadable").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), RuntimeError),
+        (MemoryError(), MemoryError),
+        (OSError(errno.ESTALE, "Stale file handle"), PassingError),
+    ],
+)
+def test_what_may_pass_damages_no_checkpoint(again, monkeypatch, error, kind):
+    """Too little memory, or storage that is away: the file is well, and stays the newest."""
+
+    def restore(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "restore", restore)
+    with pytest.raises(kind):
+        run(again, Line(identity={"base": "aaaa", "data": "shards"}), steps=4, checkpoint_every=1)
+    assert steps_kept(again) == [2, 3, 4]
 
 
 def test_no_checkpoint_that_can_be_read(again):

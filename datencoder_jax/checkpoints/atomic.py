@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.errors import UserError
 
+CHECKPOINTS = "checkpoints"
+"""The folder by which a training run's work folder is known: a `config.json` it has, as other folders of ours do."""
 _PREFIX = ".tmp-"
 
 
@@ -30,7 +32,8 @@ def atomic_write(path: str | Path, *, replaces: str | None = None, flushed: bool
     Args:
         path: the file or folder to write. An existing file is replaced.
         replaces: a file whose presence marks an existing folder at `path` as one of ours; such a folder (or an empty
-            one) is replaced as a whole. Any other folder is left alone: it may hold somebody's files.
+            one) is replaced as a whole. Any other folder is left alone: it may hold somebody's files, or
+            a run's checkpoints.
         flushed: the block itself flushes what it writes, and the caller the folder afterwards, so that nothing but the
             renaming is done on exit.
 
@@ -124,6 +127,8 @@ def _check_destination(path: Path, replaces: str | None) -> None:
         return
     if replaces is None:
         raise UserError(f"Cannot write {path}: a folder of that name is in the way; choose another name.")
+    if (path / CHECKPOINTS).exists():
+        raise UserError(f"Cannot write {path}: it is the work folder of a training run; choose another name.")
     if not (path / replaces).exists():
         raise UserError(
             f"Cannot write {path}: the folder is not empty and holds no {replaces}, so it is not ours to replace; "

@@ -26,6 +26,7 @@ def run(args: Namespace) -> None:
 def _precompute(args: Namespace, config: Any) -> None:
     import jax
 
+    from datencoder_jax.data.folder import listed
     from datencoder_jax.training.encoder_stage import read_frozen
     from datencoder_jax.training.precompute import precompute
     from datencoder_jax.training.sources import open_source
@@ -34,6 +35,9 @@ def _precompute(args: Namespace, config: Any) -> None:
     options = {"views": args.views, "batch_size": args.batch_size, "per_file": args.per_file}
     for number, section in enumerate(config.data):
         folder: Path = args.out / str(number) if len(config.data) > 1 else args.out
-        count = precompute(pipeline, open_source(section), config, folder, **options)
+        source = open_source(section)
+        left_out = precompute(pipeline, source, config, folder, **options)
+        if left_out:
+            say(f"pictures left out: {sum(left_out.values())}{listed(left_out)}")
         if first:
-            say(f'records of {count} pictures; in a recipe: {{"kind": "records", "path": "{folder}"}}')
+            say(f'records of {len(source)} pictures; in a recipe: {{"kind": "records", "path": "{folder}"}}')

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
+from datencoder_jax.checkpoints.atomic import CHECKPOINTS
+from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.shared import device_name, say
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
@@ -38,6 +41,9 @@ def _train(args: Namespace, config: Any) -> None:
     args.workdir = check_writable(args.workdir)
     if args.export_encoder is not None:
         args.export_encoder = check_writable(args.export_encoder)
+    for place in (config.get("output"), args.export_encoder):
+        if place:
+            _check_result(expand_user(place), args.workdir)
     if args.export_encoder is None or not _is_complete(args, config):
         _run_stage(args, config)
     if args.export_encoder is not None and first:
@@ -45,6 +51,15 @@ def _train(args: Namespace, config: Any) -> None:
 
         step = export_encoder(args.workdir, args.export_encoder)
         say(f"wrote the encoder of step {step} to {args.export_encoder}")
+
+
+def _check_result(place: Path, workdir: Path) -> None:
+    """Sees, before anything is trained, that what it gives would not take the place of a run's checkpoints."""
+    if place.absolute() == workdir.absolute() or (place / CHECKPOINTS).exists():
+        raise UserError(
+            f"{place} is the work folder of a run, whose checkpoints the result would replace; name another one with "
+            "--workdir, --export-encoder or --set output=DIR."
+        )
 
 
 def _run_stage(args: Namespace, config: Any) -> None:

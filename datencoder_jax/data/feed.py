@@ -81,7 +81,7 @@ class Feed:
         self._min_side = resolution // 2 if min_side is None else min_side
         self._first = np.cumsum([0, *map(len, self.sources)]).tolist()
         self._order = _order([len(source) for source in self.sources], weights, seed)
-        self._damage = [_Damage(source) for source in self.sources]
+        self._damage = [Damage(source) for source in self.sources]
         parts = [f"{len(source)} {source.identity} {weight}" for source, weight in zip(sources, weights, strict=True)]
         self.identity = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
         """Changes when the sources' items, their order or the weights do."""
@@ -172,7 +172,7 @@ def _order(lengths: list[int], weights: Sequence[float], seed: int):
     return grain.MapDataset.mix(sources, weights)
 
 
-class _Damage:
+class Damage:
     """The damaged items of one source, each counted and logged once."""
 
     def __init__(self, source: Source):

@@ -134,10 +134,14 @@ def files_under(root: Path) -> Iterator[tuple[str, bool]]:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                folder_there, file_there = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, say
+                folder_there = file_there = False
+            if folder_there:
                 pending.append(name)
             else:
-                yield name, entry.is_file()
+                yield name, file_there
 
 
 def printable(name: str) -> str:

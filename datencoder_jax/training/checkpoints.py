@@ -25,10 +25,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from datencoder_jax.errors import UserError
+from datencoder_jax.checkpoints.atomic import CHECKPOINTS
+from datencoder_jax.errors import PassingError, UserError, is_passing
 
 SCHEMA = 1
-FOLDER = "checkpoints"
 FREE = r"log_every|preview_every|checkpoint_(every|minutes)|keep|best\..*|mesh\..*|threads|max_bad_steps|output"
 """Keys of a recipe that do not change what is computed: a run may go on under other values."""
 _WORDS = re.compile(
@@ -58,20 +58,23 @@ def on_disk(workdir: Path) -> Iterator[None]:
     except Exception as error:
         if (reason := _storage_reason(error, workdir)) is None:
             raise
-        found = [int(path.name) for path in (workdir / FOLDER).glob("*") if path.name.isdecimal()]
+        found = [int(path.name) for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdecimal()]
         last = f"the last good checkpoint is step {max(found)}" if found else "there is no checkpoint yet"
-        raise UserError(
+        kind = PassingError if is_passing(error) or reason == os.strerror(errno.EIO).lower() else UserError
+        raise kind(
             f"{workdir} cannot be written: {reason}; {last}; put that right and run the same command again"
         ) from error
 
 
 @contextmanager
 def _orbax_quiet() -> Iterator[None]:
-    """Keeps Orbax's threads from printing the errors that it raises afterwards anyway, a page for each."""
+    """Keeps Orbax from printing what nobody needs: the errors that it raises afterwards anyway, a page for each."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def ours(record: logging.LogRecord) -> bool:
-        return not (record.levelno == logging.ERROR and "orbax" in record.pathname)
+        # That a checkpoint comes without a score is as it should be between previews.
+        needless = record.levelno == logging.ERROR or "tracked_metric" in record.getMessage()
+        return not (needless and "orbax" in record.pathname)
 
     def unraisable(args: Any) -> None:
         # Where one array could not be written, the others find nobody to report to.
@@ -113,22 +116,22 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, run: dict[str, Any], keep: int, best: Mapping[str, str] | None = None):
-        self.folder, self.run = workdir.absolute() / FOLDER, run
+        self.folder, self.run = workdir.absolute() / CHECKPOINTS, run
         self._metric = metric = (best or {}).get("metric", "")
         self.seeks_best = bool(metric)
         policies: list[Any] = [LatestN(keep)]
+        scored: dict[str, Any] = {}
         if metric:
             lowest = (best or {}).get("mode") == "min"
-            policies.append(
-                BestN(
-                    get_metric_fn=lambda scores: scores[metric],
-                    reverse=lowest,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+
+            def score(scores: Mapping[str, float]) -> float:
+                return scores[metric]
+
+            policies.append(BestN(get_metric_fn=score, reverse=lowest, n=1, keep_checkpoints_without_metrics=False))
+            # Without it no score would be written, and a run that goes on would know none of those before.
+            scored["best_fn"] = score
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True, **scored
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -157,6 +160,11 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever reading a damaged file leads to
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # the file is well, and so may be those before it
+                if is_passing(error):
+                    said = " ".join(str(error).split())[:200]
+                    raise PassingError(f"checkpoint {step} in {self.folder} cannot be read now: {said}") from error
                 damaged[step] = " ".join(str(error).split())[:200] or type(error).__name__
                 continue
             self._set_aside(damaged)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import PassingError, UserError, exit_status
 
 TIMEOUT = 300
 """Seconds that processes wait for each other at the start; those of a large job do not start at once."""
@@ -65,9 +65,9 @@ def initialize(
         heartbeat: seconds after which one that says nothing counts as dead; the others are then ended by JAX.
 
     Raises:
-        UserError: only a part of it is given, or does not fit together; the coordinator cannot be reached; a launcher
-            is there that JAX cannot ask. Where others do not come in time, the process ends with status 2 and a
-            sentence, since JAX would abort it without one.
+        UserError: only a part of it is given, or does not fit together; a launcher is there that JAX cannot ask.
+        PassingError: the coordinator cannot be reached, or they do not find each other. Where others do not come in
+            time, the process ends with status 1 and a sentence, since JAX would abort it without one.
     """
     if coordinator is None and processes == 1 and not process:
         return
@@ -121,7 +121,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     except BaseException as error:
         jax = sys.modules.get("jax")
         if jax and jax.distributed.is_initialized():
-            atexit.register(_leave, _status(error))  # what is registered last comes first, so before JAX's
+            atexit.register(_leave, exit_status(error))  # what is registered last comes first, so before JAX's
         raise
 
 
@@ -129,13 +129,6 @@ def _leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _status(error: BaseException) -> int:
-    """The exit status that the command line gives an error."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, UserError | OSError) else 1
 
 
 # --- what a launcher says
@@ -218,7 +211,7 @@ def _reach(coordinator: str, process: int, timeout: float) -> None:
             return
         except OSError as error:
             if time.monotonic() >= end:
-                raise UserError(
+                raise PassingError(
                     f"Process {process} cannot reach the coordinator at {coordinator} within {timeout:g} s "
                     f"({error.strerror or error}); start process 0 there, or mend --coordinator."
                 ) from error
@@ -246,7 +239,7 @@ def _start(where: str, timeout: int, options: dict[str, Any]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(2)
+        os._exit(exit_status(PassingError()))
 
     timer = threading.Timer(timeout, give_up)
     timer.daemon = True
@@ -254,7 +247,8 @@ def _start(where: str, timeout: int, options: dict[str, Any]) -> None:
     try:
         jax.distributed.initialize(**options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
+        kind = UserError if isinstance(error, ImportError | ValueError) else PassingError
         said = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"The processes {where} do not find each other ({said}); {_TELL}, {_ALONE}.") from error
+        raise kind(f"The processes {where} do not find each other ({said}); {_TELL}, {_ALONE}.") from error
     finally:
         timer.cancel()

@@ -216,7 +216,7 @@ class E4TTask:
         base = frozen.base
         seen = see(base, to_float(images), self.config.patch_taps)
         empty = base.condition(frozen.empty_ids)
-        side, channels = base.unet.config.sample_size, base.unet.config.in_channels
+        side, channels = images.shape[1] // base.vae.config.factor, base.unet.config.in_channels
 
         def one(classes, patches, ids, noise):
             request = Request(

@@ -127,8 +127,6 @@ def train_encoder(config, workdir: Path, **options) -> None:
     """
     parts = _parts(config)
     words = tuple(config.get("anchors", ()))
-    if words and isinstance(parts.data, Pictures) and any(isinstance(s, Records) for s in parts.data.feed.sources):
-        raise UserError("records do not hold what anchors are chosen by; train on the pictures, or leave anchors empty")
     anchors = read_anchors(parts.pipeline, words) if words else None
     sizes = encoder_config(parts.pipeline, **(anchors.sizes if anchors else {}), **config.encoder)
     task = TuningEncoderTask(
@@ -190,6 +188,11 @@ def _parts(config) -> _Parts:
         raise UserError(f"draws is {config.draws}; a prediction is tried on 1 target or more")
     pipeline = read_frozen(config)
     data, previews = (_pairs if "concepts" in config.data else _pictures)(config, pipeline)
+    from_records = isinstance(data, Pictures) and any(isinstance(source, Records) for source in data.feed.sources)
+    if from_records and config.get("anchors", ()):
+        raise UserError("records do not hold what anchors are chosen by; train on the pictures, or leave anchors empty")
+    if from_records and config.encoder.get("patch_taps", 1) > 1:
+        raise UserError("records hold the patches of one layer; train on the pictures, or set encoder.patch_taps=1")
     common = {
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
@@ -209,14 +212,18 @@ def frozen_of(pipeline: Pipeline) -> Frozen:
 def _fit(task, kind: type, config, workdir: Path, fingerprint: str, **options) -> None:
     """Trains, and writes the averaged weights."""
     initial = _grown(task, config, fingerprint) if config.initial else None
-    describe(workdir, task.config, fingerprint)
-    params = fit(task, config, workdir, initial=initial, **options)
+    # In the work folder it notes what the checkpoints are of, so that they can be exported without the base model.
+    description = json.dumps(describe_encoder(task.config, fingerprint), indent=1) + "\n"
+    params = fit(task, config, workdir, initial=initial, notes={DESCRIPTION: description}, **options)
     if jax.process_index() == 0:
         write_encoder(config.output or workdir / "encoder", Model(kind, task.config, params), fingerprint)
 
 
 def _grown(task, config, fingerprint: str) -> Params:
-    """The weights of the encoder `config.initial`; what it lacks, and what `config.fresh` matches, starts afresh."""
+    """The weights of the encoder `config.initial`; what it lacks, and what `config.fresh` matches, starts afresh.
+
+    Anchors are not weights: they are those of the recipe's words, whatever words the initial encoder has.
+    """
     found = read_encoder(config.initial, fingerprint).params
     params, fresh = task.init(jax.random.key(config.seed)), config.get("fresh", "")
     kept = {
@@ -224,18 +231,11 @@ def _grown(task, config, fingerprint: str) -> Params:
         for name, value in params.items()
         if name in found and found[name].shape == value.shape and not (fresh and re.search(fresh, name))
     }
+    kept |= {name: params[name] for name in kept if name.startswith("anchors.")}
     new = [name for name in sorted(params) if name not in kept]
     if new and jax.process_index() == 0:
         print(f"not taken from {config.initial}: {', '.join(new)}", file=sys.stderr)
     return params | kept
-
-
-def describe(workdir: Path, config: EncoderConfig, fingerprint: str) -> None:
-    """Notes in the work folder what the checkpoints in it are of, so that they can be exported without the model."""
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        content = describe_encoder(config, fingerprint)
-        (workdir / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_frozen(config) -> Pipeline:

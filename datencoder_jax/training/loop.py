@@ -15,9 +15,10 @@ whatever the number of devices and processes.
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from datencoder_jax.checkpoints.atomic import atomic_write
+from datencoder_jax.checkpoints.atomic import write_all
 from datencoder_jax.compilation import compiler_options, enable_cache
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import mesh as on_mesh
@@ -112,7 +113,13 @@ def make_step(
 
 
 def fit(
-    task: Task, config: Any, workdir: Path, *, initial: Params | None = None, accept_changes: bool = False
+    task: Task,
+    config: Any,
+    workdir: Path,
+    *,
+    initial: Params | None = None,
+    accept_changes: bool = False,
+    notes: Mapping[str, str] | None = None,
 ) -> Params:
     """Trains `task` for `config.steps` steps and returns the averaged weights, on one device.
 
@@ -126,6 +133,7 @@ def fit(
             continued.
         initial: weights to start from instead of `task.init`'s.
         accept_changes: go on from a checkpoint of another recipe.
+        notes: further texts for the work folder, by file name.
 
     Raises:
         UserError: the batch cannot be shared evenly, the run in the work folder is another one, the disk fails, or too
@@ -138,14 +146,19 @@ def fit(
     with on_disk(workdir), Checkpoints(workdir, run, config.keep, config.get("best")) as checkpoints:
         state, resumed = _state(task, config, initial, mesh, checkpoints, accept_changes)
         if jax.process_index() == 0:
-            with atomic_write(workdir / "config.json") as path:
-                path.write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
+            # Not before the run there is known to be this one.
+            texts = {"config.json": config.to_json(indent=2) + "\n", **(notes or {})}
+            write_all(workdir, {name: partial(_write, text=text) for name, text in texts.items()})
         first = int(state.step)
         if first < config.steps:
             state = _train(task, config, workdir, mesh, checkpoints, state, resumed)
         else:
             _say(f"step {first} of {config.steps}: this run is complete")
     return on_mesh.fetch(state.ema, mesh)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _train(

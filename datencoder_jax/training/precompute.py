@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from datencoder_jax.base import Base
+from datencoder_jax.data.feed import Damage
 from datencoder_jax.data.images import to_float
 from datencoder_jax.data.items import DamagedItem, Item, Prepared, Source
 from datencoder_jax.data.records import Layout, Settings, weights_fingerprint, write_records
@@ -56,6 +57,7 @@ class Precomputer:
 
     def __init__(self, pipeline: Pipeline, source: Source, config: Any, *, views: int, batch_size: int):
         self.source, self.config, self.views = source, config, views
+        self.damage = Damage(source)
         devices = jax.local_devices()
         self.batch_size = batch_size * len(devices)
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -108,25 +110,27 @@ class Precomputer:
                 rng = np.random.default_rng([self.config.seed, index, view])
                 crop = draw_crop(rng, augment.crop, augment.flip)
                 found.append((item._replace(picture=b""), make_views(item, crop, self._sizes, augment.min_side)))
-        except DamagedItem:
-            return []
+        except DamagedItem as error:
+            self.damage.add(index, error)
+            found = []
+        self.damage.check(planned=True, damaged=not found)
         return found
 
 
 def precompute(
     pipeline: Pipeline, source: Source, config: Any, folder: Path, *, views: int, batch_size: int, per_file: int
-) -> int:
+) -> dict[str, int]:
     """Writes records of a source; what is there already stays, and several processes share the files.
 
     Returns:
-        How many pictures the source has.
+        How many pictures this process left out, by reason; each is logged too.
 
     Raises:
-        UserError: as `write_records` does; or the source holds records itself.
+        UserError: as `write_records` does; the source holds records itself; more than one half of it cannot be used.
     """
     work = Precomputer(pipeline, source, config, views=views, batch_size=batch_size)
     part = jax.process_index(), jax.process_count()
     write_records(
         folder, work.settings, work.layout(), len(source), work.records, per_file=per_file, part=part, quiet=part[0] > 0
     )
-    return len(source)
+    return work.damage.report()
