@@ -17,12 +17,12 @@ from datencoder_jax.drawing import Generated, generate
 from datencoder_jax.errors import UserError
 from datencoder_jax.loading import import_embedding, load, nearest_words, with_lora
 from datencoder_jax.methods import METHODS, datencoder, perfusion
-from datencoder_jax.methods.method import Method, Setup, embeddings_of, trained_numbers
+from datencoder_jax.methods.method import RARE, Method, Setup, embeddings_of, trained_numbers
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prior import PriorOptions, draw_prior
 from datencoder_jax.prompts import TEMPLATE
 from datencoder_jax.tuning import TuningConfig
-from datencoder_jax.typing import AnyArray, Concept, Condition, LearningRates, LowRank, Removed, Variables
+from datencoder_jax.typing import AND, AnyArray, Concept, Condition, LearningRates, LowRank, Removed, Variables
 
 __all__ = [
     "Generated",
@@ -77,7 +77,8 @@ def personalize(
     Args:
         images: uint8 `[H, W, 3]` each, of any size; the centre square is used.
         method: one of `methods.METHODS`; those that start at a word need no encoder.
-        steps: tuning steps, by default the method's; 0 returns the start, which is the encoder's prediction.
+        steps: tuning steps, by default the method's; 0 returns the start or, of the tuning-encoder, its prediction with
+            the encoder's gains.
         token: the placeholder prompts will contain; of methods that take several, those with blanks between.
         word: what the methods without encoder start at, such as "dog" or "sks dog": one vector for each token of it.
         rank: of low-rank weight offsets, 4 by default; an encoder has its own.
@@ -112,7 +113,8 @@ def personalize(
     if rank is not None and rank < 1:
         raise UserError(f"rank must be 1 or more, not {rank}")
     tokens = token.split()
-    if not tokens or any(each in TEMPLATE for each in tokens):
+    around = TEMPLATE if len(tokens) == 1 else TEMPLATE + AND
+    if not tokens or any(each in around for each in tokens):
         raise UserError(f"{token!r} cannot be the placeholder; choose something no prompt holds otherwise, such as S*")
     if len(tokens) > 1 and not chosen.several:
         able = ", ".join(name for name, other in METHODS.items() if other.several)
@@ -121,6 +123,10 @@ def personalize(
         raise UserError(f"the placeholders must be different words, and are {token!r}")
     if word is not None and chosen.word is None:
         raise UserError(f"{method} takes no word to start at: its encoder finds one; leave {word!r} out")
+    if prior is not None and word is None and chosen.word == RARE:
+        raise UserError(f"a prior is of a class; name it with --word, such as '{RARE} dog' or dog")
+    if hard_word is not None and len(tokens) > 1 and len(hard_word.split()) != len(tokens):
+        raise UserError(f"the hard path needs a word for each of {token}, not {hard_word!r}")
     if steps and pipeline.base.unet.dtype == "float16":
         raise UserError("tuning in float16 loses its gradients; load the model in bfloat16 or float32")
     blend = blend_of(getattr(pipeline, chosen.encoder) if chosen.encoder else None, blend)
@@ -136,7 +142,7 @@ def personalize(
         variables = initial
         if variables is None:
             setup = _setup(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
-            setup = setup._replace(tuned=steps > 0)
+            setup = setup._replace(tuned=steps > 0, prior=prior is not None)
             if chosen.several and len(setup.word_ids) != len(tokens):
                 raise UserError(
                     f"{method} takes one word of one token for each placeholder ({token}), and {word or chosen.word!r} "
@@ -149,7 +155,9 @@ def personalize(
             "what tuning starts from is not finite (NaN or infinity); load the model with --dtype bf16 or f32"
         )
     each = len(variables.embeddings) // len(tokens)
-    if hard_word is None:  # of "sks dog" it is the dog
+    if hard_word is None and initial is None and chosen.word is not None:  # of "sks dog" it is the dog
+        hard_word = " ".join((chosen.word if word is None else word).split()[-len(tokens) :])
+    if hard_word is None:
         last = variables.embeddings[each - 1 :: each]
         hard_word = " ".join(nearest_words(pipeline, vector[None])[0][0] for vector in last)
     concept = Concept(variables.embeddings, {}, " ".join(tokens), blend, pipeline.name, pipeline.fingerprint, hard_word)
@@ -208,7 +216,7 @@ def personalize(
             state, losses = tuning.run(state, problem, steps=steps, config=config, quiet=quiet)
             variables, losses = jax.block_until_ready((state.variables, losses))
     nearest = nearest_words(pipeline, variables.embeddings[-1:])
-    trained = trained_numbers(variables, each_rate)
+    trained = trained_numbers(variables, each_rate) if steps else 0
     variables = jax.device_get(chosen.finish(variables))
 
     details = {
@@ -251,18 +259,18 @@ def _setup(
     pipeline: Pipeline, method: str, pictures: jax.Array, word: str | None, rank: int, key: jax.Array, quiet: bool
 ) -> Setup:
     """What a method's start is made from."""
-    chosen, ids = METHODS[method], []
+    chosen, ids, class_tokens = METHODS[method], [], 1
     if chosen.word is not None:
-        ids = pipeline.tokenizer.word_ids(word or chosen.word)
+        text = chosen.word if word is None else word
+        ids = pipeline.tokenizer.word_ids(text)
+        class_tokens = len(pipeline.tokenizer.word_ids(text.split()[-1]))
         if len(ids) > pipeline.tokenizer.length // 4:
             raise UserError(f"{word!r} is {len(ids)} tokens long; name what the picture shows in a few words")
         if not np.asarray(embeddings_of(pipeline.base, ids)).any(axis=1).all():
-            raise UserError(
-                f"{word or chosen.word!r} means nothing to this model; name what the picture shows with --word"
-            )
+            raise UserError(f"{text!r} means nothing to this model; name what the picture shows with --word")
     elif chosen.encoder is not None and getattr(pipeline, chosen.encoder) is None:
         raise UserError(_no_encoder(pipeline, method, chosen.encoder))
-    return Setup(pipeline, pictures, ids, key, rank, quiet)
+    return Setup(pipeline, pictures, ids, key, rank, quiet, class_tokens=class_tokens)
 
 
 def _no_encoder(pipeline: Pipeline, method: str, kind: str) -> str:

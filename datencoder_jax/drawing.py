@@ -84,11 +84,15 @@ def generate(
         raise UserError("weights were given without concepts")
     composition = compose(concepts, weights) if concepts else Composition(None, {}, {}, 1.0)
     tokens = list(composition.placeholders)
-    # An embedding from elsewhere may be meant for the negative prompt alone.
-    check_prompts(prompts, tokens if any(each.offsets for each in concepts) else ())
-    for token in tokens:
-        if not any(placeholder(token).search(text) for text in (*prompts, negative)):
-            raise UserError(f"the placeholder {token!r} is in none of the prompts; write it where the concept belongs")
+    # An embedding from elsewhere, which does not say how it was made, may be meant for the negative prompt alone.
+    check_prompts(prompts, tokens if any(each.offsets or each.metadata for each in concepts) else ())
+    for each in concepts:
+        own = list(each.placeholders)
+        if not any(placeholder(token).search(text) for token in own for text in (*prompts, negative)):
+            raise UserError(
+                f"the placeholder {' or '.join(map(repr, own))} is in none of the prompts; write it where the concept "
+                "belongs"
+            )
     if num < 1:
         raise UserError(f"the number of pictures must be 1 or more, not {num}")
     batch_size = pipeline.memory.batch if batch_size is None else batch_size
@@ -107,7 +111,9 @@ def generate(
         hard = tokenizer.encode(prompts, words=words)
     of_class = None
     if variables is not None and follows_class(variables.offsets, variables.gate):
-        of_class = tokenizer.encode(prompts, words=words)
+        # As many words as the concept has vectors, so that keys and values go on being of the same positions.
+        lengthened = {token: " ".join([word] * placeholders[token]) for token, word in words.items()}
+        of_class = tokenizer.encode(prompts, words=lengthened)
     noise, keys = initial_noise(pipeline, len(prompts), num, seed, resolution)
     rows = np.repeat(np.arange(len(prompts)), num)
     plan = make_plan(sampler, base.schedule, sampling_steps)

@@ -63,6 +63,11 @@ class Pipeline:
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
+    def dtype(self) -> str:
+        """How its frozen weights are stored."""
+        return str(self.base.text.params[TOKEN_TABLE].dtype)
+
+    @property
     def resolution(self) -> int:
         """Side of its pictures in pixels."""
         return self.base.unet.config.sample_size * self.base.vae.config.factor

@@ -123,6 +123,10 @@ class Reader(NamedTuple):
     scale: AnyArray
 
 
+AND = " and a "
+"""Between the placeholders of a concept that has several."""
+
+
 @dataclass(frozen=True, eq=False)
 class Concept:
     """A personalized concept: what turns the placeholder token of a prompt into one particular thing.
@@ -170,7 +174,7 @@ class Concept:
     @property
     def subject(self) -> str:
         """All placeholders as a part of a prompt: "S*", or "S1* and a S2*"."""
-        return " and a ".join(self.token.split())
+        return AND.join(self.token.split())
 
 
 class Features(NamedTuple):

@@ -29,7 +29,8 @@ def pair(pipeline):
 
 
 def embedding(concept, token):
-    return replace(concept, offsets={}, token=token, blend=1.0)
+    """As one comes from elsewhere."""
+    return replace(concept, offsets={}, token=token, blend=1.0, metadata={})
 
 
 def generate(pipeline, prompts, **changes):
@@ -174,6 +175,12 @@ def test_an_embedding_may_be_meant_for_the_negative_prompt(pipeline, pair, blend
     assert far(generate(pipeline, prompt, concept=[*beside, other], negative="a bad photo"), drawn)
 
 
+def test_a_concept_of_ones_own_is_missed_in_any_prompt(pipeline, pair):
+    own = replace(embedding(pair[1], "S*"), metadata={"method": "textual_inversion"})
+    with pytest.raises(UserError, match="'a dog' does not contain the placeholder"):
+        generate(pipeline, ["a S*", "a dog"], concept=own)
+
+
 # --- misuse
 
 
@@ -195,7 +202,7 @@ def test_misuse_is_one_sentence(pipeline, pair):
 
 def test_what_cannot_be_meant_is_refused(pipeline, pair):
     other = replace(pair[0], fingerprint="0" * 32, embeddings=np.zeros((1, 20), np.float32))
-    lonely = replace(pair[0], offsets={}, token="Q*")
+    lonely = embedding(pair[0], "Q*")
     for options, message in (
         ({"concept": [pair[0], other]}, "was made for"),
         ({"concept": lonely}, r"'Q\*' is in none of the prompts"),

@@ -8,7 +8,7 @@ from checkpoint_helpers import PATH, concept, equal, nothing_left, refuses
 from safetensors.numpy import load_file, save_file
 
 from datencoder_jax.checkpoints.atomic import atomic_write, save_tensors
-from datencoder_jax.checkpoints.concept_file import load_concept, save_concept
+from datencoder_jax.checkpoints.concept_file import concept_size, load_concept, save_concept
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.errors import UserError
 
@@ -33,6 +33,10 @@ def test_folder_is_replaced_only_when_it_is_ours(tmp_path):
             temporary.mkdir()
             (temporary / "mark").write_text(content)
     assert (folder / "mark").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="work folder of a training run"), atomic_write(folder, replaces="mark"):
+        pass
+    (folder / "checkpoints").rmdir()
     (folder / "mark").unlink()
     (folder / "thesis.tex").write_text("dear to somebody")
     with pytest.raises(UserError, match="not ours to replace"), atomic_write(folder, replaces="mark"):
@@ -40,6 +44,11 @@ def test_folder_is_replaced_only_when_it_is_ours(tmp_path):
     with pytest.raises(UserError, match="in the way"), atomic_write(folder):
         pass
     assert (folder / "thesis.tex").exists()
+
+
+def test_the_size_is_told_without_writing(tmp_path):
+    save_concept(tmp_path / "c.safetensors", concept())
+    assert concept_size(concept()) == (tmp_path / "c.safetensors").stat().st_size
 
 
 def test_an_unknown_home_is_one_sentence():

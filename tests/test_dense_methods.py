@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from method_helpers import check_round_trip, check_single_steps, draw, personalize, predict, rows, run
 
+from datencoder_jax.api import PriorOptions
 from datencoder_jax.composition import compose
 from datencoder_jax.models.edits import as_low_rank, ready
 from datencoder_jax.pipeline import attention_shapes
@@ -55,6 +56,20 @@ def test_the_modifier_stands_for_no_word(pipeline, tuned):
     modifier, word = np.asarray(tuned.start.embeddings)
     np.testing.assert_allclose(modifier, mean / np.linalg.norm(mean) * lengths.mean(), rtol=1e-4)
     np.testing.assert_array_equal([word], rows(pipeline, "robot"))
+
+
+def test_a_class_of_several_tokens_is_one_word(pipeline, method):
+    """It gets a modifier before it, which alone is tuned, and the hard path and the prior have it as a whole."""
+    pieces = pipeline.tokenizer.word_ids("robotfish")
+    assert len(pieces) > 1
+    made = run(pipeline, method, word="robotfish", prior=PriorOptions(pictures=1), learning_rates=RATES[method])
+    start, concept = np.asarray(made.start.embeddings), made.concept
+    np.testing.assert_array_equal(start[1:], np.asarray(pipeline.base.table)[pieces])
+    np.testing.assert_array_equal(concept.embeddings[1:], start[1:])
+    moved = bool(RATES[method].embeddings)
+    assert (np.abs(concept.embeddings[0] - start[0]) > 1e-4).all() == moved and concept.nearest_word == "robotfish"
+    wanted = pipeline.base.condition(pipeline.tokenizer.encode(["a photo of a robotfish"]))
+    np.testing.assert_allclose(made.problem.prior.prompt.context, wanted.context, atol=1e-6)
 
 
 def test_words_of_ones_own_are_taken_as_they_are(pipeline, method):

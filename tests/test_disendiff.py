@@ -206,6 +206,7 @@ def test_placeholders_share_the_vectors(pipeline, tuned, tmp_path):
     check_round_trip(pipeline, concept, tmp_path / "c.safetensors", ["a B* and a A*", "a B*"])
     first, second = draw(pipeline, concept, ["a photo of a A*", "a photo of a B*"])
     assert np.abs(first - second).max() > 0
+    np.testing.assert_array_equal(draw(pipeline, concept, ["a photo of a A*"])[0], first)  # one of the two alone
     with pytest.raises(UserError, match="does not contain the placeholder 'A\\*' or 'B\\*'"):
         draw(pipeline, concept, ["a photo of a robot"])
 
@@ -226,6 +227,9 @@ def test_placeholders_of_others_are_taken(tuned):
         ("disendiff", PAIR | {"token": "A* A*"}, "must be different words"),
         ("disendiff", PAIR | {"token": " "}, "cannot be the placeholder"),
         ("disendiff", PAIR | {"options": {"calibration": "much"}}, "calibration of disendiff is 'much', not a number"),
+        ("disendiff", PAIR | {"options": {"calibration": -1}}, "calibration of disendiff is -1, not a number of 0 or"),
+        ("disendiff", PAIR | {"token": "and B*"}, "cannot be the placeholder"),
+        ("disendiff", PAIR | {"hard_word": "robot"}, "needs a word for each of A\\* B\\*, not 'robot'"),
     ],
 )
 def test_misuse_is_one_sentence(pipeline, method, options, message):

@@ -22,6 +22,7 @@ from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation import suite
 from datencoder_jax.evaluation.judge import load_judge
 from datencoder_jax.toyworld.captions import EVALUATION_CONTEXTS_8
+from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates
 
 METHODS = "base,lora:rank=2,datencoder,e4t"
@@ -96,6 +97,13 @@ def test_mistakes_in_steps_are_told(text):
         (["--suite", "coco", "--methods", "lora"], "no suite and no folder coco"),
         (["--suite", "dreambench", "--methods", "lora"], "--data"),
         (["--suite", "toyworld", "--data", "x", "--methods", "lora"], "--data goes with"),
+        (["--suite", "toyworld", "--dino", "x", "--methods", "lora"], "--clip and --dino score photographs"),
+        (["--suite", ".", "--methods", "lora", "--sweep", "2"], "--sweep chooses rates on development individuals"),
+        (
+            ["--suite", "toyworld", "--split", "development", "--methods", "lora", "--sweep", "2"],
+            "for a table of its test",
+        ),
+        (["--suite", "toyworld", "--methods", "lora", "--sweep", "2", "--rates", "x"], "leave one of them out"),
         (["--suite", "toyworld", "--methods", "lorra"], "not known"),
         (["--suite", "toyworld", "--methods", "lora", "--steps", "x"], "--steps is 'x'"),
         (["--suite", "toyworld", "--methods", "lora", "--rates", "none.json"], "no file of learning rates"),
@@ -206,6 +214,49 @@ def test_what_failed_is_tried_again_when_asked(ran, model, capsys):  # noqa: F81
     assert evaluate(model, ran, *again, "--retry-failed") == 0 and "E4T" in first.read_text()
 
 
+def test_what_then_succeeds_is_counted(model, tmp_path, monkeypatch):  # noqa: F811
+    """Under both seeds of a subject, so that as many units have been tried as before."""
+    broken, real = [NAMES[1]], run.make
+
+    def make(setup, row, subject, seed):
+        if making.open_suite(setup).subjects[subject].name.replace(" ", "-") in broken:
+            raise UserError("it was a bad day")
+        return real(setup, row, subject, seed)
+
+    monkeypatch.setattr(run, "make", make)
+    asked = ["--suite", "toyworld", "--instances", "2", "--methods", "base", "--seeds", "2"]
+    assert evaluate(model, tmp_path, *asked) == 0
+    row = row_of(metrics_of(tmp_path), "base model, class word")
+    assert [each["error"] for each in row["failed"]] == ["it was a bad day"] * 2
+    broken.clear()
+    assert evaluate(model, tmp_path, *asked, "--retry-failed") == 0
+    row = row_of(metrics_of(tmp_path), "base model, class word")
+    assert not row["failed"] and None not in row["values"]["identity"]
+
+
+def test_one_label_does_not_stand_for_two_encoders(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    asked = ["--suite", "toyworld", "--instances", "1", "--seeds", "1", "--methods"]
+    assert evaluate(model, tmp_path, *asked, "datencoder@0") == 0
+    before = row_of(metrics_of(tmp_path), "datencoder", 0)["made_with"]
+    monkeypatch.setattr(units, "_identity", lambda params: "another")
+    assert evaluate(model, tmp_path, *asked, "datencoder@1") == 2
+    assert f'encoder of datencoder@0 was "{before["encoder"]}" and is now "another"' in capsys.readouterr().err
+    # A run that does not name the method leaves its row as it was made.
+    assert evaluate(model, tmp_path, *asked, "base") == 0
+    assert row_of(metrics_of(tmp_path), "datencoder", 0)["made_with"] == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_damaged_results_are_told(ran, model, tmp_path, capsys, content):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(ran, out)
+    file = out / "units" / "base" / "0" / f"{NAMES[0]}-0.npz"
+    file.write_bytes(file.read_bytes()[:-40] if content is None else content)
+    capsys.readouterr()
+    assert evaluate(model, out, *ASKED) == 2
+    assert f"{file} is damaged" in capsys.readouterr().err
+
+
 def test_interrupted_it_shows_what_there_is(ran, model, tmp_path, monkeypatch, capsys):  # noqa: F811
     units = []
 
@@ -293,6 +344,15 @@ def test_gains_are_those_of_an_entry_where_it_names_some(model):  # noqa: F811
     told = {row.name: units.of_row(setup, row).get("gains") for row in rows}
     assert told["datencoder@0"] == [1.0, 1.0] and told["datencoder:gains=0/0@0"] == [0.0, 0.0]
     assert told["datencoder@1"] is None
+
+
+def test_options_of_tuning_reach_it(model):  # noqa: F811
+    setup = Setup("toyworld", instances=2, model=model[1], encoder=model[3], draws=2)
+    pipeline = making.open_pipeline(setup)
+    text = "draws=3,views=5,crop=0.5,flip=off,norm_weight=0.25,momentum=0.5,remat=on"
+    [row] = make_rows(parse_entries([f"lora:{text}@2"]), (2,))
+    config = making._config(setup, pipeline, row, 1)
+    assert config == TuningConfig(draws=3, views=5, crop=0.5, flip=False, norm_weight=0.25, momentum=0.5, remat=True)
 
 
 def test_the_shipped_encoder_personalizes():

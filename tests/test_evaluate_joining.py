@@ -103,6 +103,23 @@ def test_a_method_is_not_joined_with_another_encoder(tmp_path):
     assert [(each["label"], each["steps"]) for each in found] == [("datencoder", 4), ("e4t", 12)]
 
 
+def test_two_files_are_not_joined_with_two_encoders(tmp_path):
+    others = [
+        (tmp_path / name, {"rows": rows, "command": name, "device": "abacus", "tiles": {}})
+        for name, rows in (
+            ("first", [row("datencoder", 0, "old"), row("datencoder", 12, "old")]),
+            ("second", [row("datencoder", 4, "new"), row("datencoder", 50, "old"), row("lora", 12)]),
+        )
+    ]
+    found = joined_rows([], {}, others, tmp_path)
+    assert [(each["label"], each["steps"]) for each in found] == [
+        ("datencoder", 0),
+        ("datencoder", 12),
+        ("datencoder", 50),
+        ("lora", 12),
+    ]
+
+
 def test_sheets_are_taken_where_they_show_the_same_and_from_nowhere_else(tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     (there / "pictures").mkdir(parents=True)

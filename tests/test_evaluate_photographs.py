@@ -8,12 +8,14 @@ from evaluate_helpers import MINI, evaluate, forget, metrics_of, model, row_of  
 from PIL import Image
 from test_picture_scores import clip_folder, dino_folder  # noqa: F401
 
+from datencoder_jax.benchmark import making, photographs
 from datencoder_jax.benchmark.albums import read_albums
 from datencoder_jax.benchmark.making import open_suite
-from datencoder_jax.benchmark.suites import Setup
+from datencoder_jax.benchmark.suites import Setup, Subject
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.picture_scores import load_clip, load_dino
+from datencoder_jax.methods import METHODS
 
 # Importing torch and its friends warns about Python's own future.
 pytestmark = [
@@ -53,6 +55,15 @@ def test_the_protocol_is_that_of_dreambooth(model):  # noqa: F811
         live = subject.word in ("cat", "dog")
         assert ("a S* in a chef outfit" in suite.prompts(k)) == live
         assert (f"a {subject.word} on top of a mirror" in suite.prompts(k, subject.word)) != live
+
+
+def test_a_class_of_two_words_keeps_the_rare_token_before_it():
+    animal, setup = Subject("bear_plushie", "stuffed animal"), Setup("dreambench", data=str(MINI))
+    words = {name: making._words(setup, METHODS[name], animal) for name in METHODS if METHODS[name].word is not None}
+    rare = dict.fromkeys(("lora", "dreambooth", "custom_diffusion", "para"), "sks stuffed animal")
+    alone = dict.fromkeys(("textual_inversion", "perfusion", "infusion"), "stuffed animal")
+    assert words == rare | alone | {"disendiff": "animal"}
+    assert making._words(Setup("toyworld"), METHODS["lora"], Subject("robot 1", "robot")) == "robot"
 
 
 def test_likeness_is_the_mean_over_all_pairs(ran, drawn, clip_folder, dino_folder):  # noqa: F811
@@ -143,9 +154,38 @@ def test_the_layout_of_dreambench_plus(tmp_path):
     captions = tmp_path / "captions" / "animal" / "00.txt"
     captions.parent.mkdir(parents=True)
     captions.write_text("Maine coon\nA maine coon in the snow.\nwatercolour\n")
-    [album] = read_albums(tmp_path, "thing", [])
+    picture(tmp_path / "images" / "human" / "01.jpg")
+    (captions.parent.parent / "human").mkdir()
+    (captions.parent.parent / "human" / "01.txt").write_text("man\nA romantic photo of a man.\na woman next to a man\n")
+    album, man = read_albums(tmp_path, "thing", [])
+    assert man.templates == ("A romantic photo of a {subject}.", "a woman next to a {subject}")
     assert album.name == "live_subject_animal_00_maine_coon" and album.word == "Maine coon"
     assert album.templates == ("A {subject} in the snow.", "a {subject}, watercolour")
+
+
+def test_pictures_and_classes_are_part_of_what_a_folder_was_made_with(model, tmp_path, capsys):  # noqa: F811
+    suite, out, about = tmp_path / "toys", tmp_path / "out", tmp_path / "toys" / "subjects.json"
+    for name in ("red car", "red-car"):
+        picture(suite / name / "1.png")
+    about.write_text('{"red car": {"class": "car"}, "red-car": {"class": "car"}}')
+
+    def run(out):
+        making.open_suite.cache_clear()  # as in a process of its own
+        photographs._read.cache_clear()
+        return evaluate(model, out, "--suite", suite, "--num", "1", "--methods", "base")
+
+    assert run(out) == 0
+    assert len(list(out.glob("units/base/0/*.npz"))) == 2  # one that blanks for dashes would give the other's name
+    about.write_text('{"red car": {"class": "fish"}, "red-car": {"class": "car"}}')
+    assert run(out) == 2
+    assert "was made when red car was a car" in capsys.readouterr().err
+    about.write_text('{"red car": {"class": "car"}, "red-car": {"class": "car"}}')
+    Image.new("RGB", (16, 16), "red").save(suite / "red-car" / "0.png")
+    assert run(out) == 2
+    assert "was made with another picture of red-car" in capsys.readouterr().err
+    (suite / "red-car" / "0.png").write_bytes(b"nonsense")
+    assert run(tmp_path / "new") == 2
+    assert "0.png" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_any_folder_of_pictures(tmp_path):
@@ -174,4 +214,10 @@ def test_folders_that_cannot_be_used(files, said, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
+        read_albums(tmp_path, "thing", ["a {subject}"])
+
+
+def test_names_that_are_no_text_are_told(tmp_path):
+    picture(tmp_path / "a\udcff" / "1.png")
+    with pytest.raises(UserError, match="is no plain text; rename it"):
         read_albums(tmp_path, "thing", ["a {subject}"])

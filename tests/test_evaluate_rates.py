@@ -112,12 +112,13 @@ def test_trials_of_another_encoder_or_momentum_are_not_taken_over(hill, monkeypa
     assert len(set(hill.glob("sweep/*"))) == 2 * len(before) > 0
 
 
-def test_rates_that_fail_are_worse_than_any(hill):
+def test_nothing_is_chosen_where_all_rates_fail(hill):
     [row] = make_rows(parse_entries(["lora"]), (12,))
     sweep(hill, SETUP, [row], 3, Work(broken=("lora@12",)))
-    [tried] = read_rates(hill / "rates.json")["tried"].values()
-    assert {trial["product"] for trial in tried} == {-1e9}
-    assert read_rates(hill / "rates.json")["chosen"]["lora@12"] == list(row.rates)
+    assert not (hill / "rates.json").exists()  # and the next run tries again
+    again = Work()
+    sweep(hill, SETUP, [row], 3, again)
+    assert again.trials and read_rates(hill / "rates.json")["chosen"].keys() == {"lora@12"}
 
 
 def test_smaller_steps_are_taken_when_larger_ones_do_not_help():
@@ -170,3 +171,13 @@ def test_a_sweep_is_made_and_its_rates_are_used(model, tmp_path):  # noqa: F811
     assert {"product", "identity", "offsets"} <= tried[0].keys() and len(tried) >= 5
     assert row_of(metrics_of(tmp_path), "lora:rank=2", 2)["rates"] == pytest.approx(chosen)
     assert {file.name for file in tmp_path.glob("sweep/**/*.npz")} == {"creature-1200000-0.npz", "robot-1200001-0.npz"}
+
+
+def test_rates_are_not_chosen_under_settings_that_the_folder_has_not(model, tmp_path, capsys):  # noqa: F811
+    asked = ["--suite", "toyworld", "--instances", "1", "--seeds", "1", "--methods"]
+    assert evaluate(model, tmp_path, *asked, "base") == 0
+    assert evaluate(model, tmp_path, *asked, "lora:rank=2@2", "--sweep", "2", "--guidance", "5") == 2
+    assert "guidance was 7.5 and is now 5.0" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists() and not (tmp_path / "rates.json").exists()
+    assert evaluate(model, tmp_path, *asked, "base", "lora:rank=2@2", "--sweep", "2", "--report-only") == 0
+    assert not (tmp_path / "sweep").exists() and not list(tmp_path.glob("units/lora*"))

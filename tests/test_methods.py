@@ -78,6 +78,7 @@ def test_no_steps_are_the_start(blind, method):
     start = personalize(blind, method, steps=0).concept
     np.testing.assert_array_equal(start.embeddings, rows(blind, "robot"))
     assert bool(start.offsets) == (method == "lora")
+    assert personalize(blind, method, steps=0).report["trained"] == 0
     for offset in start.offsets.values():  # the product is zero, and has a gradient
         assert not offset.up.any() and np.abs(offset.down).min() > 0
         np.testing.assert_allclose(offset.down.std(), len(offset.down) ** -0.5, rtol=0.5)
@@ -179,6 +180,7 @@ def test_methods_have_their_own_steps_and_rates(blind, monkeypatch):
     [
         ("magic", {}, "'magic' is not known; choose one of: datencoder, lora, textual_inversion, dreambooth"),
         ("lora", {"word": " "}, "' ' is no word of this model's vocabulary; .*--word"),
+        ("lora", {"word": ""}, "'' is no word of this model's vocabulary; .*--word"),
         ("lora", {"rank": 0}, "rank must be 1 or more, not 0"),
         ("datencoder", {"rank": 4, "word": None}, "datencoder takes no rank"),
         ("textual_inversion", {"rank": 4}, "textual_inversion takes no rank"),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_helpers import CONFIG, personalize, run
+from method_helpers import CONFIG, personalize, rows, run
 
 from datencoder_jax import api, tuning
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
@@ -105,6 +105,19 @@ def test_it_keeps_the_class(pipeline):
     tuned = (tuning.Variables(jnp.zeros((2, 12)), dict(each.concept.offsets)) for each in (kept, free))
     with_prior, without = (float(measure(variables, KEY)) for variables in tuned)
     assert with_prior < 0.95 * without
+
+
+@pytest.mark.parametrize("method", ["lora", "para"])
+def test_the_class_is_not_told_both(pipeline, method):
+    """With vectors that stay as they are, a class word alone would be told what is new and what is to stay."""
+    kept = run(pipeline, method, prior=PRIOR, learning_rates=LearningRates(0.0, 1e-2))
+    wanted = pipeline.tokenizer.encode(["a photo of a S*"], {"S*": 2})
+    np.testing.assert_array_equal(kept.problem.soft_ids, wanted)
+    assert np.abs(kept.problem.soft.context - kept.problem.prior.prompt.context).max() > 0.01
+    own = run(pipeline, method, prior=PRIOR, word="red robot", learning_rates=LearningRates(0.0, 1e-2))
+    np.testing.assert_array_equal(own.concept.embeddings, rows(pipeline, "red", "robot"))
+    with pytest.raises(UserError, match="a prior is of a class; name it with --word, such as 'sks dog' or dog"):
+        personalize(pipeline, method, prior=PRIOR, word=None)
 
 
 def test_methods_without_it_say_so(pipeline):

@@ -95,6 +95,7 @@ def test_an_unfinished_run_says_so(tmp_path):
         ([("lora", 12), ("datencoder", 4), ("datencoder", 12)], ("datencoder", 12)),
         ([("lora", 4), ("lora", 12), ("lora", 300), ("datencoder", 4)], ("lora", 12)),
         ([("lora", 4), ("lora", 50), ("para", 12)], ("lora", 50)),
+        ([("datencoder", 4), ("datencoder", 50), ("lora", 12)], ("datencoder", 50)),
     ],
 )
 def test_the_row_that_others_are_compared_with(tmp_path, rows, main):

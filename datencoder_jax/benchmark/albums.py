@@ -63,6 +63,8 @@ def read_albums(folder: Path, word: str, prompts: Sequence[str]) -> list[Album]:
             f"{folder} holds no pictures of subjects; name a folder of pictures, or of folders of pictures."
         )
     for album in albums:
+        if not album.name.isprintable():  # nor, then, can a table say it, or a file be called so
+            raise UserError(f"the name {album.name!r} in {folder} is no plain text; rename it.")
         if wrong := [template for template in album.templates if SUBJECT not in template]:
             raise UserError(f"the prompt {wrong[0]!r} for {album.name} in {folder} names no {SUBJECT}; write it in.")
         if not album.files:
@@ -139,7 +141,8 @@ def _dreambench_plus(folder: Path) -> list[Album]:
         kind = captions.parent.name
         name = f"{'live_subject_' if kind in ('animal', 'human') else ''}{kind}_{captions.stem}_{subject.lower()}"
         picture = folder / "images" / kind / f"{captions.stem}.jpg"
-        templates = tuple(re.sub(re.escape(subject), SUBJECT, text, count=1, flags=re.IGNORECASE) for text in texts)
+        word = rf"(?<!\w){re.escape(subject)}(?!\w)"  # "man" is not in "a romantic photo"
+        templates = tuple(re.sub(word, SUBJECT, text, count=1, flags=re.IGNORECASE) for text in texts)
         templates = tuple(text if SUBJECT in text else f"a {SUBJECT}, {text}" for text in templates)
         albums.append(Album(name.replace(" ", "_"), subject, (picture,), templates))
     return albums

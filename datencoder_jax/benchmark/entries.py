@@ -29,6 +29,8 @@ from datencoder_jax.typing import LearningRates
 
 BASE = "base"
 """The entry that draws the class word and learns nothing."""
+TUNING = ("draws", "views", "crop", "flip", "norm_weight", "momentum", "remat")
+"""Options that are fields of `TuningConfig`."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _parsers(method: str) -> dict[str, Callable[[str], Any]]:
     if "prior" in chosen.options:
         parsers["prior"] = lambda text: PriorOptions(weight=_positive(text))
     kinds: dict[Any, Callable[[str], Any]] = {int: _count, float: _number, bool: _switch}
-    return parsers | {each.name: kinds[each.type] for each in fields(TuningConfig) if each.type in kinds}
+    return parsers | {each.name: kinds[each.type] for each in fields(TuningConfig) if each.name in TUNING}
 
 
 def _rates(text: str) -> LearningRates:

@@ -80,7 +80,7 @@ def joined_rows(
 ) -> list[dict[str, Any]]:
     """The rows that others have and this run has not, of each the first that is found.
 
-    Left out are those of a method that this run has too, at other steps, with another encoder.
+    Left out are those of a method with another encoder than its rows that are there already, at other steps.
 
     Args:
         rows: of this run's `metrics.json`.
@@ -95,6 +95,7 @@ def joined_rows(
             if _name(row) in have or encoders.get(row["label"], _encoder(row)) != _encoder(row):
                 continue
             have.add(_name(row))
+            encoders.setdefault(row["label"], _encoder(row))
             source = row.get(JOINED) or {"command": other["command"], "device": other["device"]}
             sheet = row.get("pictures") if other.get("tiles") == tiles else None
             found.append({**row, JOINED: source, "pictures": sheet and _copied(path.parent, sheet, folder)})

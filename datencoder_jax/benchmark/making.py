@@ -4,30 +4,27 @@ Every draw is a function of the subject and the seed alone, so that all methods 
 """
 
 import functools
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax import api
-from datencoder_jax.benchmark.entries import BASE, Entry, Row
+from datencoder_jax.benchmark.entries import BASE, TUNING, Entry, Row
 from datencoder_jax.benchmark.suites import TOKEN, TOYWORLD, Setup, Subject, Suite
-from datencoder_jax.checkpoints.concept_file import save_concept
+from datencoder_jax.checkpoints.concept_file import concept_size
 from datencoder_jax.methods import METHODS
+from datencoder_jax.methods.method import RARE, Method
 from datencoder_jax.methods.method import Setup as Start
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.tuning import TuningConfig
-from datencoder_jax.typing import Concept, LowRank, Variables
+from datencoder_jax.typing import LowRank, Variables
 
 _WORDS = 3
 """The stream of a seed's draws that a start at the class word is made from; `api` uses those before."""
-_RARE = "sks"
-_TUNING = ("draws", "views", "crop", "flip", "norm_weight", "momentum")
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def make(setup: Setup, row: Row, subject: int, seed: int) -> Made:
     drawn = api.generate(pipeline, suite.prompts(subject), concept=made.concept, **drawing)
     seconds = {name: value for name, value in made.report["seconds"].items() if name != "compile"}
     seconds["draw"] = drawn.report["seconds"]["sample"]
-    return Made(drawn.images, seconds, _bytes(made.concept), made.report["trained"] if row.steps else 0)
+    return Made(drawn.images, seconds, concept_size(made.concept), made.report["trained"] if row.steps else 0)
 
 
 def _personalize(
@@ -111,9 +108,7 @@ def _personalize(
     entry, chosen = row.entry, METHODS[row.entry.method]
     options, predict = {name: entry.options[name] for name in ("rank", "prior", "blend") if name in entry.options}, 0.0
     if chosen.word is not None:
-        # DreamBooth's rare token keeps its place before the class word where both mean something to the model.
-        rare = f"{_RARE} {who.word}" if chosen.word == _RARE and setup.suite != TOYWORLD else who.word
-        options["word"] = entry.options.get("word", rare)
+        options["word"] = entry.options.get("word", _words(setup, chosen, who))
     elif _starts_elsewhere(entry):
         options.pop("rank", None)
         whole = pipeline if not row.steps else _with_gains(pipeline, (1.0, 1.0))
@@ -136,11 +131,19 @@ def _personalize(
     return made
 
 
+def _words(setup: Setup, chosen: Method, who: Subject) -> str:
+    """What a method starts at: the class, after DreamBooth's rare word where that means something to the model."""
+    if chosen.several:  # one word for each placeholder
+        return who.word.split()[-1]
+    rare = "prior" in chosen.options and setup.suite != TOYWORLD
+    return f"{RARE} {who.word}" if rare else who.word
+
+
 def _config(setup: Setup, pipeline: Pipeline, row: Row, pictures: int) -> TuningConfig:
     options = row.entry.options
     config = api.tuning_config(pipeline, METHODS[row.entry.method], pictures, row.steps)
     draws = {"draws": setup.draws} if setup.draws else {}
-    return replace(config, **draws | {name: options[name] for name in _TUNING if name in options})
+    return replace(config, **draws | {name: options[name] for name in TUNING if name in options})
 
 
 def _starts_elsewhere(entry: Entry) -> bool:
@@ -181,10 +184,3 @@ def _start(
         hard = jnp.asarray(base.table)[jnp.array([tokenizer.word_id(word)])]
         variables = variables._replace(embeddings=hard.astype(jnp.float32))
     return variables, word, seconds
-
-
-def _bytes(concept: Concept) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "concept.safetensors"
-        save_concept(file, concept)
-        return file.stat().st_size

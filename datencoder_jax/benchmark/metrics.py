@@ -19,7 +19,7 @@ from datencoder_jax.benchmark.joining import FORMAT, VERSION, check_joined, join
 from datencoder_jax.benchmark.making import Made, open_pipeline, open_suite
 from datencoder_jax.benchmark.sheets import choose_tiles, write_sheet
 from datencoder_jax.benchmark.suites import PRODUCT, TOYWORLD, Reference, Score, Setup, Suite, means
-from datencoder_jax.benchmark.units import Unit, by_row, of_row, read_made, shown_prompts
+from datencoder_jax.benchmark.units import Unit, by_row, read_made, read_settings, shown_prompts, told_subjects
 from datencoder_jax.checkpoints.atomic import atomic_write
 
 METRICS = "metrics.json"
@@ -32,7 +32,7 @@ class Metrics:
     """The numbers of a run as far as it has come; a row whose units have not changed is scored once.
 
     Args:
-        folder: of the run.
+        folder: of the run, which `units.enter` has been given its rows.
         units: all of them, done or not.
         about: what `metrics.json` says of the run: `command`, `device`, `settings`.
         others: runs whose rows are joined, as `joining.read_joined` gives them.
@@ -53,14 +53,15 @@ class Metrics:
         self.folder, self.setup, self.rows, self.about = folder, setup, rows, about
         self.units, self.others = by_row(units), others
         self.suite = open_suite(setup)
-        self._known: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._known: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
+        self._made_with = read_settings(folder)["rows"]
         check_joined(make_frame(setup, about), others)
 
     def row(self, row: Row) -> dict[str, Any]:
         """One row of `metrics.json`."""
         units = self.units.get(row.name, [])
         done = [unit for unit in units if unit.file.exists()]
-        tried = len(done) + sum(unit.error is not None for unit in units)
+        tried = len(done), sum(unit.error is not None for unit in units)
         known = self._known.get(row.name)
         if known is None or known[0] != tried:
             self._known[row.name] = tried, self._row(row, units, done)
@@ -119,7 +120,7 @@ class Metrics:
             "options": {name: _plain(value) for name, value in row.entry.options.items()},
             "steps": None if base else row.steps,
             "rates": None if base or not row.steps else [float(rate) for rate in row.rates],
-            "made_with": of_row(self.setup, row),
+            "made_with": self._made_with[row.name],
             "seconds": _seconds(made),
             "bytes": made[0].bytes if made and not base else None,
             "trained": made[0].trained if made and not base else None,
@@ -173,7 +174,7 @@ def make_frame(setup: Setup, about: Mapping[str, Any]) -> dict[str, Any]:
         "scores": {name: _score(score) for name, score in _scores(suite).items()},
         "axes": dict(suite.axes),
         "groups": {name: list(indices) for name, indices in suite.groups.items()},
-        "subjects": [{"name": each.name, "class": each.word} for each in suite.subjects],
+        "subjects": told_subjects(setup),
     }
 
 
@@ -195,6 +196,7 @@ def make_about(setup: Setup, seeds: int, command: str, device: str, **more: Any)
     """What `metrics.json` says of a run beside its numbers."""
     suite, pipeline = open_suite(setup), open_pipeline(setup.unscored)
     settings = setup.content() | {
+        "dtype": pipeline.dtype,
         "prompts": shown_prompts(setup),
         "seeds": list(range(seeds)),
         "guidance": pipeline.guidance if setup.guidance is None else setup.guidance,

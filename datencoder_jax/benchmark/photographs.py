@@ -5,9 +5,9 @@ CLIP-I and DINO are means over all pairs of a drawn picture and a photograph of 
 and their prompts. Methods see the first photograph alone.
 
 A prompt's `{subject}`, which DreamBooth fills with a rare token and the class word, is the placeholder alone, in the
-same text for all methods. It stands for what each method puts in its place: token and class word ("sks backpack", or a
-modifier of its own) where a method starts at words, one vector where it is predicted or inverted. CLIP-T reads the
-class word in its place.
+same text for all methods. It stands for what each method puts in its place: token and class word ("sks backpack") where
+both stay words, a modifier of its own and the class word, or one vector, predicted or inverted. CLIP-T reads the class
+word in its place.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

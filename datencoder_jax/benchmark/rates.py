@@ -32,6 +32,8 @@ _FACTORS = LearningRates(embeddings=10**0.5, offsets=10**0.25)
 _WORTH = 0.002
 """What (1) must gain for a place to be gone to: less is the luck of a few individuals, and a row would walk for hours
 along a rate that changes nothing."""
+_FAILED = -1e9
+"""What (1) is of rates that failed on somebody."""
 
 Place = tuple[int, int]
 
@@ -75,7 +77,8 @@ class Climb:
 def sweep(folder: Path, setup: Setup, rows: Sequence[Row], count: int, run: Callable[..., None] = execute) -> None:
     """Chooses the rates of rows on `count` development instances, and adds them to `FOLDER/rates.json`.
 
-    Rows without steps, with rates of their own, or chosen in that file before, are left alone.
+    Rows without steps, with rates of their own, or chosen in that file before, are left alone; for a row that fails
+    wherever it is tried, nothing is chosen.
 
     Args:
         run: does units; `run.execute` with the options of the command.
@@ -99,7 +102,7 @@ def sweep(folder: Path, setup: Setup, rows: Sequence[Row], count: int, run: Call
             climb.tried[place] = {**climb.rates(place)._asdict(), **_measure(setup, units)}
         for climb in active:
             climb.move()
-            if climb.done:
+            if climb.done and climb.tried[climb.best][PRODUCT] > _FAILED:
                 _record(folder, climb)
 
 
@@ -141,7 +144,7 @@ def _trial(folder: Path, climb: Climb, place: Place, setup: Setup) -> list[Unit]
 def _measure(setup: Setup, units: Sequence[Unit]) -> dict[str, float]:
     """Means of every score over a trial's units, and equation (1); one that failed anywhere is worse than any other."""
     if any(not unit.file.exists() for unit in units):
-        return {PRODUCT: -1e9}
+        return {PRODUCT: _FAILED}
     suite, who = open_suite(setup), range(len(units))
     cells = suite.score([unit.subject for unit in units], (read_made(unit).pictures for unit in units))
     each = {name: means(who, value, len(units)) for name, value in cells.items()}

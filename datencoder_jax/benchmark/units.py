@@ -7,6 +7,7 @@ FOLDER/settings.json                                what the units were made wit
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from datencoder_jax.tuning import momentum_for
 from datencoder_jax.typing import LearningRates
 
 SETTINGS = "settings.json"
-_FORMAT = "datencoder-evaluation-settings"
+_FORMAT = "datencoder-evaluation-settings-2"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class Unit:
 
 def make_units(folder: Path, rows: Sequence[Row], setup: Setup, seeds: int) -> list[Unit]:
     """All units, so ordered that a first table is there early: all rows with the first seed, then with the next."""
-    names = [slug(subject.name.replace(" ", "-")) for subject in open_suite(setup).subjects]
+    subjects = [subject.name for subject in open_suite(setup).subjects]
+    dashed = [subject.replace(" ", "-") for subject in subjects]
+    # Where "red car" stands beside "red-car", dashes would give both the same files.
+    names = [slug(dash if dashed.count(dash) == 1 else name) for name, dash in zip(subjects, dashed, strict=True)]
     return [
         Unit(folder, row, subject, name, seed)
         for seed in range(seeds)
@@ -100,10 +104,10 @@ def read_made(unit: Unit) -> Made:
         UserError: the file is damaged; deleting it has the unit done again.
     """
     try:
-        with np.load(unit.file) as file:
+        with open(unit.file, "rb") as stream, np.load(stream) as file:  # NumPy leaves a damaged one open
             seconds = {name.removeprefix("seconds_"): float(file[name]) for name in file if name.startswith("seconds_")}
             return Made(file["pictures"], seconds, int(file["bytes"]), int(file["trained"]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{unit.file} is damaged ({error}); delete it and run the same command again.") from error
 
 
@@ -114,7 +118,7 @@ def enter(folder: Path, setup: Setup, rows: Sequence[Row], seeds: int) -> tuple[
         The rows of this run and of those before, and the most seeds of any.
 
     Raises:
-        UserError: the folder was made with other settings; names the first that differs.
+        UserError: the folder was made with other settings, or another encoder; names the first that differs.
     """
     content = _content(setup)
     told = {row.name: of_row(setup, row) for row in rows}
@@ -122,9 +126,12 @@ def enter(folder: Path, setup: Setup, rows: Sequence[Row], seeds: int) -> tuple[
     old: dict[str, Any] = {"settings": content, "rows": {}, "seeds": 0}
     if path.exists():
         old = read_settings(folder)
-        _check(path, old["settings"], content)
+        before = old["settings"].pop("subjects", [])
+        _check(path, old["settings"], {name: value for name, value in content.items() if name != "subjects"})
+        _check_subjects(folder, before, content["subjects"])
         for name in told.keys() & old["rows"].keys():
             _check(path, old["rows"][name], told[name], f" of {name}")
+        _check_encoders(path, old["rows"], told)
     elif (folder / "units").exists():
         raise UserError(f"{folder} holds units but no {SETTINGS}, so nobody knows what they are; choose another --out.")
     seeds = max(seeds, old["seeds"])
@@ -170,17 +177,59 @@ def _check(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], of: str =
             )
 
 
+def _check_subjects(folder: Path, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> None:
+    names = [[subject["name"] for subject in some] for some in (old, new)]
+    if names[0] != names[1]:
+        raise UserError(
+            f"{folder} was made with other settings: subjects was {_shown(names[0])} and is now {_shown(names[1])}; "
+            "choose another --out."
+        )
+    for before, now in zip(old, new, strict=True):
+        if before["class"] != now["class"]:
+            raise UserError(f"{folder} was made when {now['name']} was a {before['class']}; choose another --out.")
+        if before["given"] != now["given"]:
+            raise UserError(f"{folder} was made with another picture of {now['name']}; choose another --out.")
+
+
+def _check_encoders(path: Path, old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> None:
+    """Sees that no label stands for two encoders, at different steps."""
+    encoders = {name.rpartition("@")[0]: about.get("encoder") for name, about in new.items()}
+    for name, about in old.items():
+        if (label := name.rpartition("@")[0]) in encoders:
+            _check(path, {"encoder": about.get("encoder")}, {"encoder": encoders[label]}, f" of {name}")
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _content(setup: Setup) -> dict[str, Any]:
-    pipeline, suite = open_pipeline(setup.unscored), open_suite(setup)
+    pipeline = open_pipeline(setup.unscored)
     content = setup.content() | {"guidance": pipeline.guidance if setup.guidance is None else setup.guidance}
     content |= {"draws": setup.draws or pipeline.memory.draws, "fingerprint": pipeline.fingerprint}
-    content |= {"subjects": [subject.name for subject in suite.subjects], "prompts": shown_prompts(setup)}
+    content |= {"dtype": pipeline.dtype, "subjects": told_subjects(setup), "prompts": shown_prompts(setup)}
     return json.loads(json.dumps(content))
+
+
+def told_subjects(setup: Setup) -> list[dict[str, Any]]:
+    """The subjects: name, class, and a digest of the pictures that methods are given.
+
+    Raises:
+        UserError: one of these cannot be read.
+    """
+    suite = open_suite(setup)
+    return [
+        {"name": subject.name, "class": subject.word, "given": _digest(suite.given(k))}
+        for k, subject in enumerate(suite.subjects)
+    ]
+
+
+def _digest(pictures: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(repr(picture.shape).encode() + picture.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def shown_prompts(setup: Setup) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors.numpy import save
 
 from datencoder_jax.checkpoints.atomic import atomic_write, save_tensors
 from datencoder_jax.checkpoints.concept_reader import PREFIX as _READER
@@ -47,6 +48,22 @@ def save_concept(path: str | Path, concept: Concept) -> None:
     Raises:
         UserError: the concept holds values that are not finite or shapes that do not fit, or `path` cannot be written.
     """
+    host, metadata = _content(concept)
+    with atomic_write(path) as temporary:
+        save_tensors(temporary, host, metadata)
+
+
+def concept_size(concept: Concept) -> int:
+    """Bytes of the file that `save_concept` writes.
+
+    Raises:
+        UserError: it would write none.
+    """
+    return len(save(*_content(concept)))
+
+
+def _content(concept: Concept) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and metadata of its file."""
     arrays = {"embeddings": concept.embeddings}
     for projection, edit in concept.offsets.items():
         arrays |= {f"{_PREFIX}{projection}.{part}": array for part, array in edit._asdict().items()}
@@ -68,8 +85,7 @@ def save_concept(path: str | Path, concept: Concept) -> None:
         "nearest_word": concept.nearest_word,
         "details": json.dumps(concept.metadata, sort_keys=True),
     }
-    with atomic_write(path) as temporary:
-        save_tensors(temporary, host, metadata)
+    return host, metadata
 
 
 def load_concept(

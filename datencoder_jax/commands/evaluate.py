@@ -38,10 +38,9 @@ def run(args: Namespace) -> None:
     device += f", {jobs} jobs" if jobs > 1 else ""
     if others:  # now, and not after hours; a folder that is gone on with may yet have more seeds
         check_joined(make_frame(setup, make_about(setup, seeds, command, device, jobs=jobs)), others, free=["seeds"])
-    if args.sweep and setup.suite != TOYWORLD:
-        raise UserError("--sweep needs the individuals of --suite toyworld; elsewhere name chosen rates with --rates")
     work = functools.partial(execute, jobs=jobs, retry_failed=args.retry_failed)
-    if args.sweep:
+    if args.sweep and not args.report_only:
+        enter(args.out, setup, [], seeds)  # what rates are chosen under is what the rows will be made with
         rates.sweep(args.out, setup, rows, args.sweep, work)
     chosen = args.rates or (args.out / rates.RATES if (args.out / rates.RATES).exists() else None)
     if chosen is not None:
@@ -92,6 +91,15 @@ def make_setup(args: Namespace) -> Setup:
         )
     if suite != DREAMBENCH and data is not None:
         raise UserError(f"--data goes with --suite dreambench, not with {suite}; leave it out.")
+    if suite == TOYWORLD and (args.clip or args.dino):
+        raise UserError("--clip and --dino score photographs; leave them out with --suite toyworld.")
+    if args.sweep and (suite != TOYWORLD or args.split == "development"):
+        raise UserError(
+            "--sweep chooses rates on development individuals of toyworld, for a table of its test individuals; "
+            "elsewhere name chosen rates with --rates"
+        )
+    if args.sweep and args.rates:
+        raise UserError("--sweep chooses learning rates and --rates names chosen ones; leave one of them out.")
     if suite not in (TOYWORLD, DREAMBENCH):
         suite = str(expand_user(suite))
         if not Path(suite).is_dir():

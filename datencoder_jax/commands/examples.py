@@ -67,7 +67,10 @@ A method is one of `personalize --method`, or base, the model itself under the c
   encoder=DIR           another tuning-encoder; start=word for none of it; offsets=off, embeddings=off for a part
   gains=A/B             of the offsets that a tuning-encoder predicts, without tuning: of the values of cross-attention
                         and of self-attention
-  draws=N, views=N, crop=A, flip=on|off, norm_weight=A, momentum=A      of tuning
+  focus=A               pixels beside the concept count A in tuning; lowest=A, highest=A: its share of the schedule
+  lock=TEXT, beta=A, tau=A, gate=BETA/TAU, layers=TEXT, calibration=A
+                        of perfusion (gate when drawing), infusion and disendiff
+  draws=N, views=N, crop=A, flip=on|off, norm_weight=A, momentum=A, remat=on|off      of tuning
 
 A folder holds pictures, one of each subject, or a folder of pictures for each. It may have prompts.json (templates
 with {subject}, by kind) and subjects.json ({name: {"class": ..., "kind": ..., "files": [...]}}), or the

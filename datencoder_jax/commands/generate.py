@@ -41,7 +41,7 @@ def run(args: Namespace) -> None:
         if not expand_user(file).exists():
             raise UserError(f"There is no file {file}.")
     concepts = [read_concept(file) for file, _ in files]
-    if concepts and not embeddings and all(concept.offsets for concept in concepts):
+    if concepts and not embeddings:
         check_texts(args.prompts, [token for concept in concepts for token in concept.placeholders])
     if not concepts and args.blend is not None:
         raise UserError("--blend weighs a concept's path against the plain model's, so it needs --concept FILE.")

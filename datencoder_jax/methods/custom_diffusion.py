@@ -20,11 +20,11 @@ PROJECTIONS = ("attn2.to_k", "attn2.to_v")
 def start(setup: Setup) -> Variables:
     """The vectors of the modifier and of the class word, and offsets that are zero."""
     base = setup.pipeline.base
-    return Variables(with_modifier(base, setup.word_ids), zero_edits(base, PROJECTIONS))
+    return Variables(with_modifier(base, setup.word_ids, setup.class_tokens), zero_edits(base, PROJECTIONS))
 
 
 def rates_of(variables: Variables, rates: LearningRates) -> Variables:
-    """The class word, the last of the vectors, is not tuned."""
+    """The vectors after the modifier, those of the class word, are not tuned."""
     modifiers = modifiers_alone(rates.embeddings, len(variables.embeddings))
     return Variables(modifiers, rates.offsets, 0.0)  # type: ignore[arg-type]
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
+from datencoder_jax.errors import UserError
 from datencoder_jax.methods.custom_diffusion import PROJECTIONS
 from datencoder_jax.methods.method import Method, Setup, modifiers_alone, with_modifier, zero_edits
 from datencoder_jax.typing import LearningRates, Variables
@@ -36,6 +37,8 @@ def rates_of(variables: Variables, rates: LearningRates) -> Variables:
 
 def variant(calibration: float = 0.01) -> Method:
     """The method with another weight of its loss on attention maps; 0 for none."""
+    if calibration < 0.0:
+        raise UserError(f"option calibration of disendiff is {calibration:g}, not a number of 0 or more")
     return replace(METHOD, calibration=calibration or None)
 
 

@@ -19,7 +19,7 @@ _PROJECTIONS = [f"attn{layer}.to_{name}" for layer in (1, 2) for name in ("q", "
 def start(setup: Setup) -> Variables:
     """The words' vectors, and offsets that are zero."""
     base = setup.pipeline.base
-    return Variables(with_modifier(base, setup.word_ids), zero_edits(base, _PROJECTIONS))
+    return Variables(with_modifier(base, setup.word_ids, setup.class_tokens), zero_edits(base, _PROJECTIONS))
 
 
 METHOD = Method(300, LearningRates(embeddings=0.0, offsets=3e-4), start, word="thing", options=frozenset({"prior"}))

@@ -15,6 +15,9 @@ from datencoder_jax.errors import UserError
 from datencoder_jax.pipeline import Pipeline, attention_shapes
 from datencoder_jax.typing import Dense, LearningRates, Variables
 
+RARE = "sks"
+"""The rare word of DreamBooth's examples."""
+
 
 class Setup(NamedTuple):
     """What a method makes its variables from.
@@ -23,10 +26,12 @@ class Setup(NamedTuple):
         pipeline: the base model.
         pictures: of the concept, `[k, H, W, 3]` in [-1, 1].
         word_ids: tokens of the words the embeddings start at, the class word last; none for a method without.
+        class_tokens: how many of them, the last, are the class word's: rare ones are several tokens.
         key: of random draws.
         rank: of low-rank edits.
         quiet: print nothing.
         tuned: whether steps of tuning follow.
+        prior: whether how the class is drawn is preserved.
     """
 
     pipeline: Pipeline
@@ -36,6 +41,8 @@ class Setup(NamedTuple):
     rank: int = 4
     quiet: bool = False
     tuned: bool = True
+    class_tokens: int = 1
+    prior: bool = False
 
 
 def by_part(variables: Variables, rates: LearningRates) -> Variables:
@@ -150,14 +157,14 @@ def embeddings_of(base: Base, word_ids: Sequence[int]) -> jax.Array:
     return jnp.asarray(base.table)[jnp.array(list(word_ids))].astype(jnp.float32)
 
 
-def with_modifier(base: Base, word_ids: Sequence[int]) -> jax.Array:
+def with_modifier(base: Base, word_ids: Sequence[int], class_tokens: int = 1) -> jax.Array:
     """Token vectors of a modifier and the class word after it, `[n, d]` float32: of "sks dog" those of its tokens.
 
     Of a class word alone, the modifier is a vector that stands for no word in particular: the mean of the directions of
     all words, of their mean length (ours; small vocabularies have no rare word).
     """
     rows = embeddings_of(base, word_ids)
-    if len(rows) > 1:
+    if len(rows) > class_tokens:
         return rows
     return jnp.concatenate([_no_word(base), rows])
 
@@ -170,9 +177,9 @@ def _no_word(base: Base) -> jax.Array:
 
 
 def modifiers_alone(rate: float | jax.Array, count: int, concepts: int = 1) -> np.ndarray:
-    """Learning rates of the `count` embeddings of several concepts, the class word of each frozen: `[count, 1]`."""
-    rates = np.full((concepts, count // concepts), rate, np.float32)
-    rates[:, -1] = 0.0
+    """Learning rates of the `count` embeddings of several concepts, all but the first of each frozen: `[count, 1]`."""
+    rates = np.zeros((concepts, count // concepts), np.float32)
+    rates[:, 0] = rate
     return rates.reshape(count, 1)
 
 

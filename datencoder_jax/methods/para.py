@@ -16,7 +16,8 @@ Which projections, the start and the rates are our reading.
 
 import jax
 
-from datencoder_jax.methods.method import Method, Setup, embeddings_of
+from datencoder_jax.methods.lora import words_of
+from datencoder_jax.methods.method import RARE, Method, Setup
 from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.typing import LearningRates, Removed, Variables
 
@@ -29,10 +30,10 @@ def start(setup: Setup) -> Variables:
         key = jax.random.fold_in(setup.key, index)
         rank = min(setup.rank, outputs)
         offsets[path] = Removed(jax.random.normal(key, (outputs, rank)) * outputs**-0.5)
-    return Variables(embeddings_of(base, setup.word_ids), offsets)
+    return Variables(words_of(setup), offsets)
 
 
 METHOD = Method(
-    300, LearningRates(embeddings=0.0, offsets=1e-2), start, word="sks", options=frozenset({"rank", "prior"})
+    300, LearningRates(embeddings=0.0, offsets=1e-2), start, word=RARE, options=frozenset({"rank", "prior"})
 )
 """Steps and rates are ours."""

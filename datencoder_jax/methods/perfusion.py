@@ -34,6 +34,7 @@ import jax.numpy as jnp
 
 from datencoder_jax.base import Base, concept_state
 from datencoder_jax.compilation import Program
+from datencoder_jax.errors import UserError
 from datencoder_jax.methods.method import Method, Setup, embeddings_of
 from datencoder_jax.methods.text_metric import PROGRAMS as _METRIC
 from datencoder_jax.methods.text_metric import text_metric
@@ -61,6 +62,11 @@ PROGRAMS = (_class_word, *_METRIC)
 def start(setup: Setup, beta: float = 0.75, tau: float = 0.1) -> Variables:
     """The class word: its vector, its state and what keys and values of that are."""
     pipeline = setup.pipeline
+    if setup.class_tokens > 1:
+        raise UserError(
+            f"perfusion edits at a class word of one token, and this one is {setup.class_tokens}; name a wider class, "
+            "such as dog"
+        )
     word = embeddings_of(pipeline.base, setup.word_ids[-1:])
     ids = jnp.asarray(pipeline.tokenizer.encode([TEMPLATE.format("S*")], {"S*": 1}))
     weights = _weights(pipeline.base)
@@ -91,6 +97,8 @@ def finish(variables: Variables, lock: str = "local") -> Variables:
 
 
 def _variant(lock: str, beta: float, tau: float) -> Method:
+    if tau <= 0.0:
+        raise UserError(f"option tau of perfusion is {tau:g}, not a number above 0")
     return Method(
         400,
         LearningRates(embeddings=6e-3, offsets=3e-2),

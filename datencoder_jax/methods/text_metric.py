@@ -9,6 +9,8 @@ among its most frequent whole words, so that every base model has its own withou
 host in float64.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,15 +45,16 @@ _FREQUENT = 8192
 _RIDGE = 1e-3
 """`r` of equation (1)."""
 
-_last: tuple[str, np.ndarray] | None = None
+_last: tuple[Any, Any, np.ndarray] | None = None
 
 
 def text_metric(pipeline: Pipeline, *, quiet: bool = False) -> np.ndarray:
-    """Equation (1) for a base model, `[d, d]` float32; computed once for the model that was last asked for."""
+    """Equation (1) for a base model, `[d, d]` float32; computed once for the text towers that were last asked for."""
     global _last
-    if _last is None or _last[0] != pipeline.fingerprint:
-        _last = pipeline.fingerprint, inverse(covariance(pipeline, quiet=quiet))
-    return _last[1]
+    towers = pipeline.base.text, pipeline.base.text_2  # a LoRA may have changed them and not the fingerprint
+    if _last is None or any(old is not new for old, new in zip(_last, towers, strict=False)):
+        _last = (*towers, inverse(covariance(pipeline, quiet=quiet)))
+    return _last[2]
 
 
 def covariance(pipeline: Pipeline, *, quiet: bool = False) -> np.ndarray:

@@ -196,7 +196,9 @@ def _prompts(results: Results) -> list[Block]:
     blocks: list[Block] = []
     for score in results.leading:
         if (table := prompts_table(results, score)) and results.main:
-            blocks += [f"{capital(score.title)}, means at {results.main.steps} optimiser steps.", table]
+            about = f"{capital(score.title)}, means at {results.main.steps} optimiser steps"
+            about += ", multiplied." if score.name == PRODUCT else "."
+            blocks += [about, table]
     return blocks
 
 

@@ -170,11 +170,10 @@ class Results:
         Rows of which everything failed are passed over, as long as there are others.
         """
         rows = [row for row in self.methods if any(np.isfinite(v).any() for v in row.values.values())] or self.methods
-        for label in (_MAIN, *[row.label for row in rows[:1]]):
-            own = [row for row in rows if row.label == label]
-            if chosen := [row for row in own if row.steps == _MAIN_STEPS] or (own[-1:] if label != _MAIN else []):
-                return chosen[0]
-        return None
+        first = [row for row in rows if row.label == rows[0].label]
+        ours = [row for row in rows if row.label == _MAIN]
+        at_main = [row for row in (*ours, *first) if row.steps == _MAIN_STEPS]
+        return next(iter([*at_main, *first[-1:]]), None)
 
     @cached_property
     def leading(self) -> list[Score]:
