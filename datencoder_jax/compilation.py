@@ -1,6 +1,7 @@
 """Compiling visibly and once: a line before, the seconds after, and a cache on disk."""
 
 import functools
+import math
 import os
 import sys
 import time
@@ -41,8 +42,12 @@ def enable_cache() -> None:
 
 
 def compute_capability() -> float:
-    """Of the GPU, such as 8.0 for Ampere; infinite where the device is none."""
-    return float(getattr(jax.local_devices()[0], "compute_capability", "inf"))
+    """Of NVIDIA's GPU, such as 8.0 for Ampere; infinite where the device is none."""
+    told = getattr(jax.local_devices()[0], "compute_capability", "inf")
+    try:
+        return float(told)
+    except ValueError:  # "gfx90a": AMD's
+        return math.inf
 
 
 def compiler_options() -> dict[str, str | bool]:

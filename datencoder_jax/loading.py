@@ -19,7 +19,7 @@ from datencoder_jax.checkpoints.lora_files import layer_shapes, merged, read_lor
 from datencoder_jax.checkpoints.lora_names import TEXT_ENCODER, TEXT_ENCODER_2
 from datencoder_jax.encoder.domain_encoder import DomainConfig
 from datencoder_jax.errors import UserError
-from datencoder_jax.memory import PRESETS, choose
+from datencoder_jax.memory import PRESETS, choose, for_xl
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
 from datencoder_jax.typing import AnyArray, Concept
 
@@ -70,6 +70,8 @@ def load(
         pipeline = read_pipeline(path, str(model), dtype=dtype, prediction_type=prediction_type)
         if vision is not None:
             pipeline = with_vision(pipeline, vision, dtype=dtype)
+    if memory is None and pipeline.base.text_2 is not None:
+        settings = for_xl(settings)
     if settings.in_parts:
         pipeline = replace(pipeline, base=jax.device_get(pipeline.base))
     if encoder is None and str(model) == TOYWORLD:

@@ -258,7 +258,8 @@ def test_bad_concepts(tmp_path, capsys, picture, calls):
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 2, "--num"),
-        (OSError(errno.EIO, "Input/output error", "weights"), 2, "error: weights: Input/output error."),
+        (OSError(errno.EACCES, "Permission denied", "weights"), 2, "error: weights: Permission denied."),
+        (OSError(errno.EIO, "Input/output error", "weights"), 1, "error: weights: Input/output error."),
     ],
 )
 def test_other_ends(tmp_path, capsys, calls, monkeypatch, error, status, text):
@@ -279,3 +280,41 @@ def test_a_mistake_of_ours_keeps_its_trace(tmp_path, calls, monkeypatch):
     monkeypatch.setattr(api, "load", load)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["generate", "--prompt", "a", "--out", str(tmp_path)])
+
+
+def test_what_the_embedded_model_cannot_know_is_said(tmp_path, capsys, calls):
+    Image.new("RGB", (65, 40)).save(tmp_path / "photo.png")
+    argv = ["personalize", str(tmp_path / "photo.png"), "--prompt", "a S*", "--out", str(tmp_path / "out")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(argv) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the embedded model knows only pictures of its own world; ") and "--model" in said
+    assert main([*argv, "--model", "some/model", "--encoder", "enc"]) == 0
+    assert "own world" not in capsys.readouterr().err
+
+
+def test_a_placeholder_without_a_concept_is_said(tmp_path, capsys, calls):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["generate", "--prompt", "a S*", "--out", str(tmp_path / "out")]) == 0
+    assert "warning: S* stands for nothing in particular without --concept FILE" in capsys.readouterr().err
+    assert main(["generate", "--prompt", "a house", "--out", str(tmp_path / "out")]) == 0
+    assert "S*" not in capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_anything_is_loaded(tmp_path, capsys, picture, calls):
+    out = ["--out", tmp_path / "out"]
+    fails(capsys, "is a file and no prompt; name pictures before", "personalize", picture, "--prompt", picture, *out)
+    fails(capsys, "takes no option 'speed'", "personalize", picture, "--option", "speed=1", *out)
+    fails(
+        capsys,
+        f"There is no file {tmp_path / 'gone'}",
+        "generate",
+        "--concept",
+        tmp_path / "gone",
+        "--prompt",
+        "a S*",
+        *out,
+    )
+    assert "load" not in calls

@@ -115,7 +115,7 @@ def test_files_that_are_no_concept(tmp_path):
     path = tmp_path / "c"
     save_concept(path, concept())
     whole = path.read_bytes()
-    refuses("Cannot read .*none", load_concept, tmp_path / "none")
+    refuses("There is no file .*none", load_concept, tmp_path / "none")
     refuses("is a folder", load_concept, tmp_path)
     for content in (whole[:-4], whole[:30], b"", b"hello, I am a text file and no tensors"):
         path.write_bytes(content)
@@ -151,7 +151,10 @@ def test_concepts_with_odd_content(tmp_path):
         refuses(match, load_concept, path)
     save_file({"offsets.p.up": good["offsets.p.up"]}, path, meta)
     refuses("has none", load_concept, path)
-    for change in ({"blend": "much"}, {"details": "{"}, {"details": "[1]"}):
+    for change in ({"token": " "}, {"token": "A* B*"}, {"token": "A* B*", "nearest_word": "cat dog"}):
+        save_file(good, path, meta | change)
+        refuses("placeholders, vectors and nearest words do not fit", load_concept, path)
+    for change in ({"blend": "much"}, {"details": "{"}, {"details": "[1]"}, {"details": "[" * 10**5}):
         save_file(good, path, meta | change)
         refuses("metadata cannot be read", load_concept, path)
     path.unlink()

@@ -71,6 +71,8 @@ def test_defaults_follow_the_class_that_wrote_the_file():
     assert ScheduleConfig.from_dict({"_class_name": "DDIMScheduler"}).clip_sample
     assert not ScheduleConfig.from_dict({"_class_name": "PNDMScheduler"}).set_alpha_to_one
     assert ScheduleConfig.from_dict({"_class_name": "EulerDiscreteScheduler"}).timestep_spacing is None
+    for name in ("DEISMultistepScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
+        assert ScheduleConfig.from_dict({"_class_name": name, **STABLE_DIFFUSION}).beta_schedule == "scaled_linear"
     config = ScheduleConfig.from_dict({"_class_name": "DDIMScheduler", "clip_sample": False, **STABLE_DIFFUSION})
     assert ScheduleConfig.from_dict(config.to_dict()) == config
 

@@ -262,6 +262,8 @@ def test_the_file_set(out, concept):
         ((1024,), "epsilon", "stable-diffusion-v2-512", "sd_v2", "True"),
         ((1024,), "v_prediction", "stable-diffusion-v2-768-v", "sd_v2_v", "True"),
         ((768, 1280), "epsilon", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+        ((768, 1280), "v_prediction", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+        ((768,), "v_prediction", "stable-diffusion-v1", "sd_v1_v", "False"),
         ((12,), "epsilon", "custom", "unknown", "False"),
     ],
 )

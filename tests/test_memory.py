@@ -1,6 +1,7 @@
 """Settings by memory and types of stored weights: what they change, and that concepts and pictures stay the same."""
 
 import itertools
+from argparse import Namespace
 from dataclasses import replace
 
 import jax
@@ -10,10 +11,11 @@ import pytest
 from tiny import pictures, tiny_pipeline, write_tiny_base
 
 import datencoder_jax
-from datencoder_jax import api, memory, sampling, tuning
+from datencoder_jax import api, compilation, memory, sampling, tuning
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, Memory
 from datencoder_jax.methods import datencoder
+from datencoder_jax.models import attention
 from datencoder_jax.pipeline import computation_type
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates
@@ -173,6 +175,21 @@ def test_settings_are_chosen_by_the_device(monkeypatch, backend, share, limit, w
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device()])
     assert memory.choose(large=True) == wanted
     assert memory.choose(large=False) == Memory()
+
+
+def test_xl_recomputes_however_much_there_is():
+    assert memory.for_xl(Memory()) == PRESETS[24]
+    assert memory.for_xl(PRESETS[8]) == PRESETS[8] and memory.for_xl(PRESETS[16]) == PRESETS[16]
+
+
+@pytest.mark.parametrize(("told", "found"), [("8.9", 8.9), ("gfx90a", float("inf")), (None, float("inf"))])
+def test_only_nvidias_have_a_compute_capability(monkeypatch, told, found):
+    device = object() if told is None else Namespace(compute_capability=told)
+    monkeypatch.setattr(compilation.jax, "local_devices", lambda: [device])
+    assert compilation.compute_capability() == found
+    monkeypatch.setattr(compilation.jax, "default_backend", lambda: "gpu")
+    half = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
+    assert attention._choose(half, half, causal=False) == ("cudnn" if told == "8.9" else "xla")
 
 
 def test_a_processor_has_no_second_memory():

@@ -149,6 +149,18 @@ def test_prediction_type(tmp_path):
     assert folder.scheduler["prediction_type"] == "epsilon" and folder.scheduler["_class_name"] == "DDIMScheduler"
 
 
+def test_a_file_may_be_marked(tmp_path):
+    """By empty tensors, as ComfyUI writes them."""
+    tensors, marks = random_tensors(SMALL["1.x"]), {"v_pred": np.zeros(0, "f4"), "ztsnr": np.zeros(0, "f4")}
+    for names, prediction, zero in ((("v_pred",), "v_prediction", False), (("v_pred", "ztsnr"), "v_prediction", True)):
+        path = tmp_path / f"{len(names)}.safetensors"
+        save_file(tensors | {name: marks[name] for name in names}, path)
+        scheduler = read_base(path).scheduler
+        assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == (prediction, zero)
+    told = read_base(path, prediction_type="epsilon").scheduler
+    assert told["prediction_type"] == "epsilon" and not told.get("rescale_betas_zero_snr")
+
+
 # --- full size, by names and shapes
 
 UNETS = {

@@ -126,6 +126,9 @@ def load_concept(
     blend, details = _parse(path, metadata)
     _check_values(str(path), host, blend)
     offsets, gate = _parts(str(path), host)
+    tokens, words = metadata["token"].split(), metadata["nearest_word"].split()
+    if not tokens or len(host["embeddings"]) % len(tokens) or (len(tokens) > 1 and len(words) != len(tokens)):
+        raise UserError(f"{path} is a damaged concept file: its placeholders, vectors and nearest words do not fit.")
     _check_fit(path, host["embeddings"], offsets, shapes, width)
     reader = read_reader(str(path), host, metadata, host["embeddings"])
     placed = jax.device_put((host["embeddings"], offsets, gate, reader))
@@ -158,7 +161,7 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[float, dict[str, st
     try:
         details = json.loads(metadata.get("details", "{}"))
         return float(metadata["blend"]), {str(key): str(value) for key, value in details.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is a damaged concept file: its metadata cannot be read ({error}).") from error
 
 

@@ -52,7 +52,7 @@ def read_reader(
     try:
         config = EncoderConfig.from_dict(json.loads(metadata["reader"]))
         wanted = abstract_params(TuningEncoder, config)
-    except (UserError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+    except (UserError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise UserError(f"{damaged} is not described ({' '.join(str(error).split())}).") from error
     parts = {name: array for name, array in found.items() if not name.startswith("encoder.")}
     params = {name.removeprefix("encoder."): array for name, array in found.items() if name.startswith("encoder.")}

@@ -58,9 +58,11 @@ class _Family(NamedTuple):
 
 _FAMILIES = {
     ((768,), "epsilon"): _Family("stable-diffusion-v1", "sd_v1"),
+    ((768,), "v_prediction"): _Family("stable-diffusion-v1", "sd_v1_v"),
     ((1024,), "epsilon"): _Family("stable-diffusion-v2-512", "sd_v2"),
     ((1024,), "v_prediction"): _Family("stable-diffusion-v2-768-v", "sd_v2_v"),
     ((768, 1280), "epsilon"): _Family("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    ((768, 1280), "v_prediction"): _Family("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
 }
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from datencoder_jax.checkpoints.embedding_files import DIFFUSERS_FILE, diffusers_token, each
+from datencoder_jax.checkpoints.hub import TOYWORLD
 from datencoder_jax.typing import Concept, Gated, Residual
 
 MARK = "<!-- made by datencoder -->"
@@ -135,10 +136,18 @@ def _introduction(concept: Concept, name: str, files: Collection[str]) -> str:
 
 A concept of one particular thing, for text-to-image models on {base} (weights {concept.fingerprint[:8]}).
 In prompts it is {tokens}; the common {word} nearest to it is "{concept.nearest_word}".
-{picture}
+{_nowhere_else(concept)}{picture}
 Made with: {made or "settings that were not kept"}.
 
 {_paths(concept)}"""
+
+
+def _nowhere_else(concept: Concept) -> str:
+    if concept.base != TOYWORLD:
+        return ""
+    return (
+        "That model is embedded in datencoder_jax, and no other program has it: files for them show their form alone.\n"
+    )
 
 
 def _paths(concept: Concept) -> str:

@@ -28,9 +28,10 @@ from datencoder_jax.errors import UserError
 _ASSETS = Path(__file__).parent.parent / "assets"
 _UNET, _VAE, _REFINER = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0.model."
 _KNOWN = re.compile(
-    r"^(betas|logvar|lvlb_weights|posterior_\w+|\w*alphas_cumprod\w*)$|^(model_ema|denoiser)\.|\.logit_scale$"
+    r"^(betas|logvar|lvlb_weights|posterior_\w+|\w*alphas_cumprod\w*|v_pred|ztsnr)$|^(model_ema|denoiser)\.|\.logit_scale$"
 )
-"""What is known and not read: tables of the noise schedule, the averaged weights of training, CLIP's temperature."""
+"""What is known and no weight of a part: tables of the noise schedule, the averaged weights of training, CLIP's
+temperature, and the two marks of `_marked`."""
 
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -101,8 +102,8 @@ def read_single_file(path: str | Path, *, dtype: str = "float32", prediction_typ
     The tokenizer is CLIP's own, from this package.
 
     Args:
-        prediction_type: "epsilon" or "v_prediction". The file does not tell, so without it models are taken for what
-            most of their family are: 2.x for the model of 768 pixels, which predicts v; the others predict epsilon.
+        prediction_type: "epsilon" or "v_prediction". Few files tell (`_marked`), so without it the others are taken for
+            what most of their family are: 2.x for the model of 768 pixels, which predicts v; others predict epsilon.
 
     Raises:
         UserError: the file is missing, damaged or holds something else.
@@ -110,7 +111,10 @@ def read_single_file(path: str | Path, *, dtype: str = "float32", prediction_typ
     path = expand_user(path)
     with opened([path], str(path)) as tensors:
         family, parts = split(tensors, str(path))
-        scheduler = family.scheduler | ({"prediction_type": prediction_type} if prediction_type else {})
+        scheduler = family.scheduler | _marked(tensors)
+        if prediction_type == "epsilon":
+            scheduler.pop("rescale_betas_zero_snr", None)
+        scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
         with describing(path, "a Stable Diffusion model"):
             configs = configurations(parts, family, scheduler["prediction_type"])
         models, fingerprint = read_models(
@@ -132,6 +136,13 @@ def read_single_file(path: str | Path, *, dtype: str = "float32", prediction_typ
         force_zeros_for_empty_prompt=len(tokenizers) == 2,
         fingerprint=fingerprint,
     )
+
+
+def _marked(tensors: Tensors) -> dict[str, Any]:
+    """What empty tensors tell user interfaces: `v_pred` of the prediction, `ztsnr` of a schedule that ends in noise."""
+    if "v_pred" not in tensors:
+        return {}
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in tensors}
 
 
 def split(tensors: Tensors, origin: str) -> tuple[Family, dict[str, Tensors]]:

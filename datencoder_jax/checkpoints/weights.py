@@ -47,7 +47,7 @@ def describing(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {str(error).rstrip('.')}.") from error
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"{path} does not describe {what} ({reason}).") from error
 
@@ -128,6 +128,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except SafetensorError as error:
         raise UserError(_damage(path, error)) from error
     except OSError as error:
+        if not path.exists():
+            raise UserError(f"There is no file {path}.") from error
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     with opened:
         yield opened

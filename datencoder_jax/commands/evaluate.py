@@ -6,12 +6,13 @@ import functools
 import os
 import shlex
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
 from datencoder_jax.benchmark.suites import DREAMBENCH, TOYWORLD, Setup
 from datencoder_jax.checkpoints.paths import expand_user
-from datencoder_jax.commands.shared import announce_device, check_unicode, say
+from datencoder_jax.commands.shared import ONLY_TOYS, announce_device, check_unicode, say
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
 
@@ -104,6 +105,8 @@ def make_setup(args: Namespace) -> Setup:
         suite = str(expand_user(suite))
         if not Path(suite).is_dir():
             raise UserError(f"There is no suite and no folder {suite}; choose toyworld, dreambench or a folder.")
+    if suite != TOYWORLD and args.model == TOYWORLD:
+        warnings.warn(ONLY_TOYS, stacklevel=1)
     names = ("word", "split", "instances", "model", "encoder", "vision", "memory", "prediction_type", "draws")
     names += ("sampler", "sampling_steps", "guidance", "resolution", "clip", "dino")
     return Setup(

@@ -41,7 +41,8 @@ It writes to the output folder:
       --prompt "an ink drawing of a C* with a H*" --out out/both""",
     "export": """\
   datencoder export out/cat/concept.safetensors --name my-cat --out out/cat/export
-  datencoder export out/cat/concept.safetensors --to kohya embedding --out ComfyUI/models/loras
+  datencoder export out/cat/concept.safetensors --to kohya --out ComfyUI/models/loras
+  datencoder export out/cat/concept.safetensors --to embedding --out ComfyUI/models/embeddings
 
 It writes, by the values of --to:
   diffusers   pytorch_lora_weights.safetensors, learned_embeds.safetensors, concept.safetensors, pipeline.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,8 @@ def run(args: Namespace) -> None:
     concepts = [read_concept(file) for file, _ in files]
     if concepts and not embeddings:
         check_texts(args.prompts, [token for concept in concepts for token in concept.placeholders])
+    if not concepts and not embeddings and any("S*" in prompt for prompt in args.prompts):
+        warnings.warn("S* stands for nothing in particular without --concept FILE", stacklevel=1)
     if not concepts and args.blend is not None:
         raise UserError("--blend weighs a concept's path against the plain model's, so it needs --concept FILE.")
     if not concepts and args.gate is not None:
@@ -93,7 +96,7 @@ def _with_weight(values: Sequence[str], option: str) -> tuple[str, float]:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise UserError(f"{values[1]!r} is no weight; repeat {option} for several files.")
+        raise UserError(f"{values[1]!r} is no weight, such as 0.7; repeat {option} for several files.")
     return values[0], weight
 
 

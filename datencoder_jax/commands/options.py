@@ -60,7 +60,12 @@ def _add_personalize(commands: Any) -> None:
     add = _add_command(
         commands, "personalize", "learn a concept from one or several pictures of it, and draw it under prompts"
     )
-    add("images", nargs="+", metavar="IMAGE", help="a picture of the thing; further ones must show the same thing")
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="a picture of the thing, named before --prompt; further ones must show it too",
+    )
     _add_model(add, "--model", f"(default: {TOYWORLD})", default=TOYWORLD)
     add("--encoder", metavar="PATH", help="the tuning-encoder's folder (default: the one embedded with toyworld)")
     add(
@@ -80,7 +85,7 @@ def _add_personalize(commands: Any) -> None:
         "--word",
         metavar="TEXT",
         help='what methods without an encoder start at, such as "dog", or "sks dog" with a rare word before it '
-        "(default: sks or thing)",
+        "(default: sks for lora and para, thing for others; the embedded model knows neither sks nor cat)",
     )
     add("--rank", type=integer(1), metavar="N", help="of the weight offsets of lora and para (default: 4)")
     add(
@@ -247,7 +252,8 @@ def _add_model(add: Callable, option: str, note: str, **extra: Any) -> None:
     add(
         "--prediction-type",
         choices=("epsilon", "v_prediction"),
-        help="what the model predicts, where a .safetensors checkpoint does not tell (default: epsilon, what most do)",
+        help="what the model predicts, where a .safetensors checkpoint does not tell (default: v_prediction for 2.x, "
+        "epsilon for others)",
     )
     add(
         "--dtype",
@@ -352,7 +358,12 @@ def _add_processes(add: Callable) -> None:
 
 def _add_recipe(add: Callable, *, required: bool = True) -> None:
     add("--config", required=required, metavar="RECIPE", help="a recipe, such as those in configs/")
-    add("--variant", choices=("full", "smoke"), default="full", help="smoke runs in seconds (default: %(default)s)")
+    add(
+        "--variant",
+        choices=("full", "smoke"),
+        default="full",
+        help="smoke is over in minutes, most of which is compiling (default: %(default)s)",
+    )
     add(
         "--set",
         nargs="+",

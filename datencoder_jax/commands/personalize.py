@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from datencoder_jax.checkpoints.export import check_name, check_replaceable, cho
 from datencoder_jax.checkpoints.hub import TOYWORLD
 from datencoder_jax.commands.export import png, target_of, thumbnail
 from datencoder_jax.commands.shared import (
+    ONLY_TOYS,
     announce_device,
     check_texts,
     check_unicode,
@@ -36,12 +39,18 @@ if TYPE_CHECKING:
     from datencoder_jax.pipeline import Pipeline
 
 
+_TOY = 64
+"""Pixels along a side; pictures of the embedded model's own have half as many."""
+
+
 def run(args: Namespace) -> None:
     """Personalizes, draws and writes."""
     started = time.perf_counter()
     method, tokens = METHODS[args.method], args.token.split()
     if not tokens or (" ".join(tokens) != args.token if method.several else tokens != [args.token]):
         raise UserError(f"The token {args.token!r} must be one word without spaces, such as S*.")
+    if files := [prompt for prompt in args.prompts or () if Path(prompt).is_file()]:
+        raise UserError(f"{files[0]} is a file and no prompt; name pictures before --prompt.")
     check_texts(args.prompts or tokens, tokens)
     if args.method == "datencoder" and args.model != TOYWORLD and args.encoder is None:
         raise UserError(
@@ -53,12 +62,16 @@ def run(args: Namespace) -> None:
             "e4t starts from an encoder of the picture's domain; name the folder of one with --encoder "
             "(datencoder pretrain --config configs/toyworld_e4t.py makes one)."
         )
+    own = _own_options(args.options) if args.options else None
+    method.with_options(args.method, own)  # what is wrong with these is told before anything is loaded
     check_unicode(args.word or "")
     check_name(args.name)
     if args.prior is None and args.prior_pictures is not None:
         raise UserError("--prior-pictures says how many pictures --prior is to draw, and needs it.")
     kinds = None if args.export is None else choose_kinds(args.export, method.exports, args.method)
     images = [read_image(path) for path in args.images]
+    if args.model == TOYWORLD and any(max(image.shape) > _TOY for image in images):
+        warnings.warn(ONLY_TOYS, stacklevel=1)
     args.out = check_writable(args.out)
     if kinds is not None:
         check_replaceable(args.out, kinds)
@@ -74,8 +87,8 @@ def run(args: Namespace) -> None:
     options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution")
     if args.prior is not None:
         options["prior"] = api.PriorOptions(args.prior_pictures or api.PriorOptions.pictures, args.prior)
-    if args.options:
-        options["options"] = _own_options(args.options)
+    if own:
+        options["options"] = own
     if args.learning_rates is not None:
         options["learning_rates"] = LearningRates(*args.learning_rates)
     tuned = api.personalize(pipeline, images, **options)

@@ -33,6 +33,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
+ONLY_TOYS = (
+    "the embedded model knows only pictures of its own world; for photographs name another one with --model and, as "
+    "it has no encoder, --method lora"
+)
+"""What is said where it is given others."""
+
+
 def given(args: Namespace, *names: str) -> dict[str, Any]:
     """Those of the named options that were given: the others have the API's defaults."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -38,6 +38,7 @@ _PIXEL = {"clip_sample": True, "set_alpha_to_one": True}
 _SIGMA = {"set_alpha_to_one": True}
 _CLASS_DEFAULTS = {
     "DDIMScheduler": _PIXEL,
+    "DDIMParallelScheduler": _PIXEL,
     "DDPMScheduler": _PIXEL,
     "PNDMScheduler": {},
     "DPMSolverMultistepScheduler": _SIGMA,
@@ -47,6 +48,11 @@ _CLASS_DEFAULTS = {
     "EulerAncestralDiscreteScheduler": _SIGMA,
     "HeunDiscreteScheduler": _SIGMA,
     "LMSDiscreteScheduler": _SIGMA,
+    "DEISMultistepScheduler": _SIGMA,
+    "DPMSolverSDEScheduler": _SIGMA,
+    "KDPM2DiscreteScheduler": _SIGMA,
+    "KDPM2AncestralDiscreteScheduler": _SIGMA,
+    "SASolverScheduler": _SIGMA,
 }
 
 

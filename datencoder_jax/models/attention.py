@@ -21,6 +21,7 @@ and are otherwise apart (Infusion, arXiv 2404.14007). Keys may be of another con
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -72,7 +73,7 @@ def _choose(q: jax.Array, k: jax.Array, causal: bool) -> str:
     queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and dim % 8 == 0 and dim <= 128 and not causal
-    if jax.default_backend() == "gpu" and fits and compute_capability() >= 8.0:
+    if jax.default_backend() == "gpu" and fits and 8.0 <= compute_capability() < math.inf:
         return "cudnn"
     if queries * keys >= 4096 * 4096 and not causal:
         return "chunked"
