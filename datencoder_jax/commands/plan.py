@@ -66,6 +66,7 @@ def _prepare(args: Namespace) -> None:
 def _recipe(args: Namespace, machine: "Machine") -> bool:
     """Whether all fits: the recipe's training step on the whole machine, and what its users run on one of the chips."""
     from datencoder_jax import memory
+    from datencoder_jax.checkpoints.hub import TOYWORLD
     from datencoder_jax.plan import advice, programs
     from datencoder_jax.plan.measure import measure
     from datencoder_jax.plan.report import table
@@ -77,7 +78,13 @@ def _recipe(args: Namespace, machine: "Machine") -> bool:
     if "train" in args.programs:
         wanted.append(programs.train(config, base, machine.devices))
     if set(args.programs) - {"train"}:
-        setting = _setting(args.memory[0]) if args.memory else memory.of(machine.memory or 0)
+        if args.memory:
+            setting = _setting(args.memory[0])
+        elif args.topology is None:  # as it would be chosen here
+            setting = memory.choose(large=config.model != TOYWORLD)
+        else:
+            setting = memory.of(machine.memory or 0)
+        setting = memory.for_xl(setting) if base.text_2 is not None and not args.memory else setting
         one = programs.personalize(base, setting, config.resolution, args.methods[0], machine.devices[0])
         wanted += [program for program in one if program.name in args.programs]
     results = [_measured(program, machine, measure) for program in wanted]
