@@ -318,3 +318,4 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, capsys, picture, 
         *out,
     )
     assert "load" not in calls
+    assert main(["personalize", picture, "--prompt", "a S* " + "and so on " * 500, *map(str, out)]) == 0

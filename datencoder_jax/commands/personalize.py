@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def run(args: Namespace) -> None:
     method, tokens = METHODS[args.method], args.token.split()
     if not tokens or (" ".join(tokens) != args.token if method.several else tokens != [args.token]):
         raise UserError(f"The token {args.token!r} must be one word without spaces, such as S*.")
-    if files := [prompt for prompt in args.prompts or () if Path(prompt).is_file()]:
+    if files := [prompt for prompt in args.prompts or () if os.path.isfile(prompt)]:
         raise UserError(f"{files[0]} is a file and no prompt; name pictures before --prompt.")
     check_texts(args.prompts or tokens, tokens)
     if args.method == "datencoder" and args.model != TOYWORLD and args.encoder is None:
