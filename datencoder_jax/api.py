@@ -89,7 +89,8 @@ def personalize(
         learning_rates: of `v*` and of the offsets, by default the method's; 0 leaves a part as it starts.
         config: batch of draws, views, crops, momentum; by default that of `tuning_config`.
         initial: start from these variables instead of those of the method.
-        hard_word: the word of the hard path, by default the one nearest to the start's last embedding.
+        hard_word: the word of the hard path, by default the class word or, of an encoder's prediction, the one nearest
+            to the last embedding of the start.
         options: of the method's own, such as `{"lock": "off"}` of perfusion; `Method.choices` has them.
         quiet: print nothing.
 
@@ -138,12 +139,14 @@ def personalize(
     predict_key, view_key, tune_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), PERSONALIZE), 3)
     base, seconds = pipeline.base, {}
 
+    class_tokens = 1
     with Clock(seconds, "predict", datencoder.predict, *datencoder.IN_PARTS, *perfusion.PROGRAMS):
         variables = initial
         if variables is None:
             setup = _setup(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
             setup = setup._replace(tuned=steps > 0, prior=prior is not None)
-            if chosen.several and len(setup.word_ids) != len(tokens):
+            class_tokens, words = setup.class_tokens, (word or chosen.word or "").split()
+            if chosen.several and not len(setup.word_ids) == len(words) == len(tokens):
                 raise UserError(
                     f"{method} takes one word of one token for each placeholder ({token}), and {word or chosen.word!r} "
                     f"is {len(setup.word_ids)} tokens; name them with --word, such as --token 'A* B*' --word 'cat dog'"
@@ -163,7 +166,7 @@ def personalize(
     concept = Concept(variables.embeddings, {}, " ".join(tokens), blend, pipeline.name, pipeline.fingerprint, hard_word)
 
     losses = np.zeros(0, np.float32)
-    each_rate = chosen.rates_of(variables, rates)
+    each_rate = chosen.rates_of(variables, rates, class_tokens)
     if steps:
         kept = None
         if prior is not None:

@@ -111,9 +111,9 @@ def generate(
         hard = tokenizer.encode(prompts, words=words)
     of_class = None
     if variables is not None and follows_class(variables.offsets, variables.gate):
-        # As many words as the concept has vectors, so that keys and values go on being of the same positions.
-        lengthened = {token: " ".join([word] * placeholders[token]) for token, word in words.items()}
-        of_class = tokenizer.encode(prompts, words=lengthened)
+        # As many of the word's tokens as there are vectors: keys and values go on being of the same positions.
+        ids = [np.resize(tokenizer.word_ids(words[token]), count) for token, count in placeholders.items()]
+        of_class = np.concatenate([np.arange(tokenizer.vocab_size), *ids])[soft].astype(np.int32)
     noise, keys = initial_noise(pipeline, len(prompts), num, seed, resolution)
     rows = np.repeat(np.arange(len(prompts)), num)
     plan = make_plan(sampler, base.schedule, sampling_steps)

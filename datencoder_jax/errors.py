@@ -1,6 +1,7 @@
 """The exceptions that a person is meant to read."""
 
 import errno
+import re
 
 _PASSING = {
     errno.EIO,
@@ -28,8 +29,16 @@ class PassingError(UserError):
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether a failure may be over the next time: a `PassingError`, or storage or network that is away for a while."""
-    return isinstance(error, PassingError) or (isinstance(error, OSError) and error.errno in _PASSING)
+    """Whether a failure may be over the next time: a `PassingError`, or storage or network that is away for a while.
+
+    An error that says what another one led to is what that is. TensorStore tells the number of one in its text.
+    """
+    if isinstance(error, PassingError) or (isinstance(error, OSError) and error.errno in _PASSING):
+        return True
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    if told and int(told[1]) in _PASSING:
+        return True
+    return error.__cause__ is not None and is_passing(error.__cause__)
 
 
 def exit_status(error: BaseException) -> int:

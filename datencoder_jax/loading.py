@@ -51,7 +51,7 @@ def load(
         dtype: how the frozen weights are stored: "float32", "bfloat16" or "float16". "auto" is bfloat16, and float32
             for a small model on a CPU. Accelerators compute with it too, CPUs in float32.
         memory: GB of the device's memory to get along with, one of `memory.PRESETS`; by default what suits the device.
-        prediction_type: "epsilon" or "v_prediction", for a single-file checkpoint, which does not say.
+        prediction_type: "epsilon" or "v_prediction", for a single-file checkpoint, few of which say.
 
     Raises:
         UserError: the model or encoder is missing, damaged, or they do not belong together.

@@ -140,8 +140,8 @@ class Concept:
         blend: weight of the soft path in dual-path sampling; 1 means the soft path alone.
         base: the name of the base model the concept was made for, for people.
         fingerprint: the identity of that base model's weights (`checkpoints.identity.base_fingerprint`).
-        nearest_word: what the hard path's prompt holds: the word nearest to the embedding that tuning started from,
-            for several placeholders one each.
+        nearest_word: what the hard path's prompt holds: the class word it was made from or, without one, the word
+            nearest to the embedding that tuning started from; for several placeholders one each.
         metadata: how it was made (steps, seed, rank, versions, picture ...), for people.
         gate: where its gated edits are open; None where it has none.
         reader: what adds to its embeddings at every denoising step; None where they stay as they are.

@@ -72,6 +72,13 @@ def test_a_class_of_several_tokens_is_one_word(pipeline, method):
     np.testing.assert_allclose(made.problem.prior.prompt.context, wanted.context, atol=1e-6)
 
 
+def test_a_rare_word_of_several_tokens_is_tuned_as_a_whole(pipeline, method):
+    made = run(pipeline, method, word="robotfish robot", learning_rates=RATES[method])
+    moved = (np.abs(made.concept.embeddings - made.start.embeddings) > 1e-4).all(axis=1)
+    pieces = len(pipeline.tokenizer.word_ids("robotfish"))
+    assert moved.tolist() == [bool(RATES[method].embeddings)] * pieces + [False]
+
+
 def test_words_of_ones_own_are_taken_as_they_are(pipeline, method):
     start = personalize(pipeline, method, steps=0, word="red robot").concept
     np.testing.assert_array_equal(start.embeddings, rows(pipeline, "red", "robot"))

@@ -224,6 +224,7 @@ def test_placeholders_of_others_are_taken(tuned):
     [
         ("lora", PAIR, "lora takes one placeholder, without spaces, not 'A\\* B\\*'; several take: disendiff"),
         ("disendiff", PAIR | {"word": "robot"}, "one word of one token for each placeholder .* is 1 tokens"),
+        ("disendiff", PAIR | {"word": "robotfish"}, "takes one word of one token for each placeholder"),
         ("disendiff", PAIR | {"token": "A* A*"}, "must be different words"),
         ("disendiff", PAIR | {"token": " "}, "cannot be the placeholder"),
         ("disendiff", PAIR | {"options": {"calibration": "much"}}, "calibration of disendiff is 'much', not a number"),

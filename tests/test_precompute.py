@@ -41,15 +41,6 @@ def test_what_is_left_out_is_told(root, capsys, caplog):
     assert "pictures left out: 1 (1 no picture)" in capsys.readouterr().out and "2x.png is left out" in caplog.text
 
 
-def test_a_source_of_which_half_is_damaged_is_refused(root, capsys):
-    (root / "bad").mkdir()
-    for number in range(70):
-        (root / "bad" / f"{number}.png").write_bytes(b"not a picture")
-    Image.fromarray(pictures(1)[0]).save(root / "bad" / "good.png")
-    assert run(root, "--batch-size", "1", path="bad", out="refused") == 2
-    assert "more than one half of the pictures cannot be used" in capsys.readouterr().err
-
-
 def changes(root, **source):
     """Of the recipe: the tiny model, its pictures whole and as they are."""
     values = {"model": root / "model" / "base", "resolution": SIDE, "augment.crop": 1.0, "augment.min_side": 8}

@@ -198,6 +198,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(again, how, capsys
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), RuntimeError),
         (MemoryError(), MemoryError),
         (OSError(errno.ESTALE, "Stale file handle"), PassingError),
+        (ValueError(f"Failed to open [source='file_util.cc:1'; os_error_code='{errno.ESTALE}']"), PassingError),
     ],
 )
 def test_what_may_pass_damages_no_checkpoint(again, monkeypatch, error, kind):

@@ -15,6 +15,7 @@ from datencoder_jax.checkpoints.encoder_folder import write_encoder
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.errors import UserError
+from datencoder_jax.memory import PRESETS
 from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.training.encoder_stage import encoder_config
 from datencoder_jax.tuning import TuningConfig
@@ -280,6 +281,11 @@ def test_a_resolution_that_does_not_divide_is_one_sentence(xl, resolution):
         with pytest.raises(UserError, match=f"multiple of 4 pixels for this model, and is {resolution}") as info:
             call()
         assert "\n" not in str(info.value)
+
+
+def test_it_recomputes_where_nothing_is_asked_for(folder, xl):
+    assert xl.memory.remat and xl.memory.batch == 4
+    assert datencoder_jax.load(folder, memory=16).memory == PRESETS[16]
 
 
 def test_an_encoder_needs_eyes(folder, tmp_path):

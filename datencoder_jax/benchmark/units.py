@@ -159,7 +159,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["format"] != _FORMAT or not {"settings", "rows", "seeds"} <= content.keys():
-            raise ValueError("it is of another kind")
+            raise ValueError("it is of another kind, or of an earlier version of this program")
     except FileNotFoundError:
         raise UserError(f"{folder} holds no evaluation; there is no {path}.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

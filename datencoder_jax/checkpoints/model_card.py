@@ -135,7 +135,7 @@ def _introduction(concept: Concept, name: str, files: Collection[str]) -> str:
     return f"""# {name}
 
 A concept of one particular thing, for text-to-image models on {base} (weights {concept.fingerprint[:8]}).
-In prompts it is {tokens}; the common {word} nearest to it is "{concept.nearest_word}".
+In prompts it is {tokens}; the common {word} for its kind is "{concept.nearest_word}".
 {_nowhere_else(concept)}{picture}
 Made with: {made or "settings that were not kept"}.
 

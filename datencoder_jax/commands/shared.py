@@ -76,7 +76,7 @@ def read_concept(file: str, pipeline: Pipeline | None = None) -> Concept:
 
 def load_base_of(args: Namespace, file: str, concept: Concept, option: str = "--model") -> Pipeline:
     """The base model that the concept in `file` was made for."""
-    # A checkpoint of one file does not say what it predicts; the concept does.
+    # Few checkpoints of one file say what they predict; the concept does.
     args.prediction_type = args.prediction_type or concept.metadata.get("prediction_type")
     try:
         return load(args, concept.base)

@@ -23,9 +23,9 @@ def start(setup: Setup) -> Variables:
     return Variables(with_modifier(base, setup.word_ids, setup.class_tokens), zero_edits(base, PROJECTIONS))
 
 
-def rates_of(variables: Variables, rates: LearningRates) -> Variables:
-    """The vectors after the modifier, those of the class word, are not tuned."""
-    modifiers = modifiers_alone(rates.embeddings, len(variables.embeddings))
+def rates_of(variables: Variables, rates: LearningRates, class_tokens: int = 1) -> Variables:
+    """The class word, the last of the vectors, is not tuned."""
+    modifiers = modifiers_alone(rates.embeddings, len(variables.embeddings), class_tokens)
     return Variables(modifiers, rates.offsets, 0.0)  # type: ignore[arg-type]
 
 

@@ -28,7 +28,7 @@ def start(setup: Setup) -> Variables:
     return Variables(jnp.concatenate(pairs), zero_edits(base, PROJECTIONS))
 
 
-def rates_of(variables: Variables, rates: LearningRates) -> Variables:
+def rates_of(variables: Variables, rates: LearningRates, class_tokens: int = 1) -> Variables:
     """The class words are not tuned."""
     count = len(variables.embeddings)
     modifiers = modifiers_alone(rates.embeddings, count, concepts=count // 2)

@@ -60,7 +60,7 @@ def start(setup: Setup) -> Variables:
     return Variables(word, offsets_of(config, params), reader=reader)
 
 
-def rates_of(variables: Variables, rates: LearningRates) -> Variables:
+def rates_of(variables: Variables, rates: LearningRates, class_tokens: int = 1) -> Variables:
     """The rate of the embeddings is that of the encoder; their starting point stays, as does what it sees."""
     still: Any = 0.0
     reader = Reader(rates.embeddings, still, still, still, still, still)

@@ -43,7 +43,7 @@ def _is_last(path: str, levels: int) -> bool:
     return parts[0] == "up_blocks" and int(parts[1]) >= levels - _LAST
 
 
-def rates_of(variables: Variables, rates: LearningRates) -> Variables:
+def rates_of(variables: Variables, rates: LearningRates, class_tokens: int = 1) -> Variables:
     """The residuals alone."""
     return Variables(0.0, rates.offsets, 0.0)  # type: ignore[arg-type]
 

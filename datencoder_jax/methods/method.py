@@ -45,7 +45,7 @@ class Setup(NamedTuple):
     prior: bool = False
 
 
-def by_part(variables: Variables, rates: LearningRates) -> Variables:
+def by_part(variables: Variables, rates: LearningRates, class_tokens: int = 1) -> Variables:
     """One rate for the embeddings, one for all edits."""
     return Variables(rates.embeddings, rates.offsets, 0.0)  # type: ignore[arg-type]
 
@@ -60,7 +60,8 @@ class Method:
         start: the variables before the first step.
         word: what the embeddings start at; None where an encoder predicts them.
         options: what `personalize` takes for it beyond what it takes for all, of "rank" and "prior".
-        rates_of: the learning rate of each of the variables' arrays, or for a part of them as a whole.
+        rates_of: the learning rate of each of the variables' arrays, or for a part of them as a whole; the class word's
+            tokens are so many.
         encoder: the encoder of a `Pipeline` that it starts from, "encoder" or "domain"; None where it starts at words.
         norm_weight: `lambda_n` of tuning; None for tuning's own.
         finish: the variables as a concept keeps them.
@@ -79,7 +80,7 @@ class Method:
     start: Callable[[Setup], Variables]
     word: str | None = None
     options: frozenset[str] = frozenset()
-    rates_of: Callable[[Variables, LearningRates], Any] = by_part
+    rates_of: Callable[[Variables, LearningRates, int], Any] = by_part
     encoder: str | None = None
     norm_weight: float | None = None
     finish: Callable[[Variables], Variables] = lambda variables: variables
@@ -176,10 +177,10 @@ def _no_word(base: Base) -> jax.Array:
     return mean / jnp.linalg.norm(mean) * base.word_norm
 
 
-def modifiers_alone(rate: float | jax.Array, count: int, concepts: int = 1) -> np.ndarray:
-    """Learning rates of the `count` embeddings of several concepts, all but the first of each frozen: `[count, 1]`."""
-    rates = np.zeros((concepts, count // concepts), np.float32)
-    rates[:, 0] = rate
+def modifiers_alone(rate: float | jax.Array, count: int, class_tokens: int = 1, concepts: int = 1) -> np.ndarray:
+    """Learning rates of the `count` embeddings of several concepts, the class word of each frozen: `[count, 1]`."""
+    rates = np.full((concepts, count // concepts), rate, np.float32)
+    rates[:, -class_tokens:] = 0.0
     return rates.reshape(count, 1)
 
 

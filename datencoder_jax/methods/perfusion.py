@@ -81,7 +81,7 @@ def _weights(base: Base) -> dict[str, jax.Array]:
     return {path: base.unet.params[f"{path}.weight"] for path in paths}
 
 
-def rates_of(variables: Variables, rates: LearningRates, lock: str = "local") -> Variables:
+def rates_of(variables: Variables, rates: LearningRates, class_tokens: int = 1, lock: str = "local") -> Variables:
     """Keys are locked, unless they are not to be; the gate is not tuned."""
     offsets = {path: 0.0 if path.endswith(_KEY) and lock != "off" else rates.offsets for path in variables.offsets}
     return Variables(rates.embeddings, offsets, 0.0)  # type: ignore[arg-type]

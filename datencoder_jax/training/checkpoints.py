@@ -55,6 +55,8 @@ def on_disk(workdir: Path) -> Iterator[None]:
     try:
         with _orbax_quiet():
             yield
+    except PassingError:
+        raise
     except Exception as error:
         if (reason := _storage_reason(error, workdir)) is None:
             raise

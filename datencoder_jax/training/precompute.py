@@ -112,8 +112,7 @@ class Precomputer:
                 found.append((item._replace(picture=b""), make_views(item, crop, self._sizes, augment.min_side)))
         except DamagedItem as error:
             self.damage.add(index, error)
-            found = []
-        self.damage.check(planned=True, damaged=not found)
+            return []
         return found
 
 
@@ -126,7 +125,7 @@ def precompute(
         How many pictures this process left out, by reason; each is logged too.
 
     Raises:
-        UserError: as `write_records` does; the source holds records itself; more than one half of it cannot be used.
+        UserError: as `write_records` does; or the source holds records itself.
     """
     work = Precomputer(pipeline, source, config, views=views, batch_size=batch_size)
     part = jax.process_index(), jax.process_count()
