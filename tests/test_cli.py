@@ -283,14 +283,18 @@ def test_a_mistake_of_ours_keeps_its_trace(tmp_path, calls, monkeypatch):
 
 
 def test_what_the_embedded_model_cannot_know_is_said(tmp_path, capsys, calls):
-    Image.new("RGB", (65, 40)).save(tmp_path / "photo.png")
-    argv = ["personalize", str(tmp_path / "photo.png"), "--prompt", "a S*", "--out", str(tmp_path / "out")]
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(tmp_path / "toy.png")
+    Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC).save(tmp_path / "photo.png")
+    options = ["--prompt", "a S*", "--out", str(tmp_path / "out")]
+    argv = ["personalize", str(tmp_path / "photo.png"), *options]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(argv) == 0
     said = capsys.readouterr().err
     assert said.startswith("warning: the embedded model knows only pictures of its own world; ") and "--model" in said
     assert main([*argv, "--model", "some/model", "--encoder", "enc"]) == 0
+    assert main(["personalize", str(tmp_path / "toy.png"), *options]) == 0
     assert "own world" not in capsys.readouterr().err
 
 

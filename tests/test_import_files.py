@@ -148,7 +148,7 @@ def test_files_that_are_none(tmp_path, read):
         (tmp_path / f"old{ending}").write_bytes(b"\x80\x02}")
         message = refuses("is pickled", read, tmp_path / f"old{ending}", argument)
         assert f"torch.load('old{ending}', weights_only=True)" in message and "'old.safetensors'" in message
-    refuses("Cannot read .*none.safetensors", read, tmp_path / "none.safetensors", argument)
+    refuses("There is no file .*none.safetensors", read, tmp_path / "none.safetensors", argument)
     refuses("is a folder without", read, tmp_path, argument)
     refuses("home folder that is not known", read, "~nosuchuser/x", argument)
     path = tmp_path / "short.safetensors"

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 _TOY = 64
-"""Pixels along a side; pictures of the embedded model's own have half as many."""
+"""Pixels along a side; pictures of the embedded model's own have half as many, however much they are enlarged."""
 
 
 def run(args: Namespace) -> None:
@@ -70,7 +70,7 @@ def run(args: Namespace) -> None:
         raise UserError("--prior-pictures says how many pictures --prior is to draw, and needs it.")
     kinds = None if args.export is None else choose_kinds(args.export, method.exports, args.method)
     images = [read_image(path) for path in args.images]
-    if args.model == TOYWORLD and any(max(image.shape) > _TOY for image in images):
+    if args.model == TOYWORLD and not all(map(_coarse, images)):
         warnings.warn(ONLY_TOYS, stacklevel=1)
     args.out = check_writable(args.out)
     if kinds is not None:
@@ -132,6 +132,15 @@ def run(args: Namespace) -> None:
         )
         write_files(args.out, {"report.json": report | {"exported": sorted(files)}})
         say(f"exported {', '.join(sorted(files))}")
+
+
+def _coarse(image: np.ndarray) -> bool:
+    """Whether a picture has no more than `_TOY` pixels a side, each perhaps shown as a square of several."""
+    height, width = image.shape[:2]
+    return any(
+        height % k == width % k == 0 and (image == image[::k, ::k].repeat(k, 0).repeat(k, 1)).all()
+        for k in range(-(-max(height, width) // _TOY), max(height, width) // 16 + 1)
+    )
 
 
 def _own_options(texts: Sequence[str]) -> dict[str, str]:
