@@ -8,7 +8,7 @@ import pytest
 from evaluate_helpers import evaluate, forget, metrics_of, model, row_of  # noqa: F401
 from PIL import Image
 
-from datencoder_jax.benchmark.joining import joined_rows
+from datencoder_jax.benchmark.joining import joined_rows, left_out
 from datencoder_jax.benchmark.report.results import read_results
 
 ASKED = ["--suite", "toyworld", "--instances", "2", "--seeds", "1", "--methods", "base"]
@@ -91,6 +91,15 @@ def test_what_is_no_table_is_refused(model, tmp_path, capsys):  # noqa: F811
     assert "cannot be joined" in capsys.readouterr().err
 
 
+def test_it_says_what_is_not_joined(ran, other, model, capsys):  # noqa: F811
+    content = json.loads(other.read_text())
+    content["rows"][-1]["made_with"] = {"encoder": "another"}
+    other.write_text(json.dumps(content))
+    assert evaluate(model, ran, *ASKED, "--join", other) == 0
+    assert [row["steps"] for row in metrics_of(ran)["rows"] if row["label"] == "lora"] == [12]
+    assert f"{other}: left out, as made with another encoder: lora@300" in capsys.readouterr().out
+
+
 def row(label, steps, encoder=None, **more):
     return {"label": label, "steps": steps, "kind": "method", "values": {}, "made_with": {"encoder": encoder}, **more}
 
@@ -101,6 +110,8 @@ def test_a_method_is_not_joined_with_another_encoder(tmp_path):
     other = {"rows": theirs, "command": "there", "device": "abacus", "tiles": {}}
     found = joined_rows(own, {}, [(tmp_path / "metrics.json", other)], tmp_path)
     assert [(each["label"], each["steps"]) for each in found] == [("datencoder", 4), ("e4t", 12)]
+    said = f"{tmp_path / 'metrics.json'}: left out, as made with another encoder: datencoder@0"
+    assert left_out(own, [(tmp_path / "metrics.json", other)]) == [said]
 
 
 def test_two_files_are_not_joined_with_two_encoders(tmp_path):

@@ -132,7 +132,7 @@ def test_several_placeholders_have_an_embedding_each(tmp_path, concept):
     card = (tmp_path / "README.md").read_text()
     for words in (
         'instance_prompt: "a photo of a A* and a <b>"',
-        'In prompts it is `A*` and `<b>`, in words that all models know "',
+        'In prompts it is `A*` and `<b>`, where a plain one has "',
         'load_textual_inversion("<this folder>/learned_embeds_2.safetensors")',
         'pipe("a photo of a a* and a <b> on the beach")',
         "a photo of a embedding:pair_emb_1 and a embedding:pair_emb_2 on",

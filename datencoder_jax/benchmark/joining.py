@@ -8,7 +8,7 @@ machine's, or another day's: goals and reports do not hold them against this run
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def joined_rows(
 ) -> list[dict[str, Any]]:
     """The rows that others have and this run has not, of each the first that is found.
 
-    Left out are those of a method with another encoder than its rows that are there already, at other steps.
+    Left out are those that `left_out` names.
 
     Args:
         rows: of this run's `metrics.json`.
@@ -88,18 +88,42 @@ def joined_rows(
         others: as `read_joined` gives them.
         folder: of this run; sheets of others that show the same are copied to it.
     """
-    have, found = {_name(row) for row in rows}, []
-    encoders = {row["label"]: _encoder(row) for row in rows}
-    for path, other in others:
-        for row in other["rows"]:
-            if _name(row) in have or encoders.get(row["label"], _encoder(row)) != _encoder(row):
-                continue
-            have.add(_name(row))
-            encoders.setdefault(row["label"], _encoder(row))
+    found = []
+    for path, other, row, fits in _further(rows, others):
+        if fits:
             source = row.get(JOINED) or {"command": other["command"], "device": other["device"]}
             sheet = row.get("pictures") if other.get("tiles") == tiles else None
             found.append({**row, JOINED: source, "pictures": sheet and _copied(path.parent, sheet, folder)})
     return found
+
+
+def left_out(rows: Sequence[Mapping[str, Any]], others: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[str]:
+    """Sentences on the rows of others that have another encoder than rows of their method that are there already.
+
+    Args:
+        rows: of this run, each with at least `label`, `steps` and `made_with`.
+        others: as `read_joined` gives them.
+    """
+    names: dict[Path, list[str]] = {}
+    for path, _, row, fits in _further(rows, others):
+        if not fits:
+            names.setdefault(path, []).append(f"{row['label']}@{row['steps']}")
+    return [f"{path}: left out, as made with another encoder: {', '.join(each)}" for path, each in names.items()]
+
+
+def _further(
+    rows: Sequence[Mapping[str, Any]], others: Sequence[tuple[Path, Mapping[str, Any]]]
+) -> Iterator[tuple[Path, Mapping[str, Any], Mapping[str, Any], bool]]:
+    """Rows of others that are not there yet, and whether their encoder is that of their method's rows before them."""
+    have, encoders = {_name(row) for row in rows}, {row["label"]: _encoder(row) for row in rows}
+    for path, other in others:
+        for row in other["rows"]:
+            if _name(row) in have:
+                continue
+            fits = encoders.setdefault(row["label"], _encoder(row)) == _encoder(row)
+            if fits:
+                have.add(_name(row))
+            yield path, other, row, fits
 
 
 def _name(row: Mapping[str, Any]) -> tuple[str, int | None]:

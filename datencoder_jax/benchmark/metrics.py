@@ -15,7 +15,7 @@ import numpy as np
 
 from datencoder_jax.benchmark.entries import BASE, Row
 from datencoder_jax.benchmark.goals import goals
-from datencoder_jax.benchmark.joining import FORMAT, VERSION, check_joined, joined_rows
+from datencoder_jax.benchmark.joining import FORMAT, VERSION, check_joined, joined_rows, left_out
 from datencoder_jax.benchmark.making import Made, open_pipeline, open_suite
 from datencoder_jax.benchmark.sheets import choose_tiles, write_sheet
 from datencoder_jax.benchmark.suites import PRODUCT, TOYWORLD, Reference, Score, Setup, Suite, means
@@ -56,6 +56,9 @@ class Metrics:
         self._known: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
         self._made_with = read_settings(folder)["rows"]
         check_joined(make_frame(setup, about), others)
+        own = [{"label": r.entry.label, "steps": r.steps, "made_with": self._made_with[r.name]} for r in rows]
+        self.left_out = left_out(own, others)
+        """Sentences on rows of others that are not joined."""
 
     def row(self, row: Row) -> dict[str, Any]:
         """One row of `metrics.json`."""

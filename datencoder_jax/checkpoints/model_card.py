@@ -130,12 +130,11 @@ def _introduction(concept: Concept, name: str, files: Collection[str]) -> str:
     made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(concept.metadata.items()))
     base = base_name(concept.base)
     tokens = " and ".join(f"`{token}`" for token in concept.placeholders)
-    word = "a word" if len(concept.placeholders) == 1 else "words"
     picture = "\n![Samples](samples.png)\n" if "samples.png" in files else ""
     return f"""# {name}
 
 A concept of one particular thing, for text-to-image models on {base} (weights {concept.fingerprint[:8]}).
-In prompts it is {tokens}, in {word} that all models know "{concept.nearest_word}".
+In prompts it is {tokens}, where a plain one has "{concept.nearest_word}".
 {_nowhere_else(concept)}{picture}
 Made with: {made or "settings that were not kept"}.
 

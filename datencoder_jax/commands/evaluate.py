@@ -53,7 +53,7 @@ def run(args: Namespace) -> None:
     units = make_units(args.out, rows, setup, seeds)
     about = make_about(setup, seeds, command, device, jobs=jobs)
     metrics = Metrics(args.out, setup, rows, units, about, others)
-    for sentence in metrics.suite.missing:
+    for sentence in (*metrics.suite.missing, *metrics.left_out):
         say(sentence)
     try:
         if not args.report_only:
