@@ -72,12 +72,12 @@ def load(
             pipeline = with_vision(pipeline, vision, dtype=dtype)
     if memory is None and pipeline.base.text_2 is not None:
         settings = for_xl(settings)
-    if settings.in_parts:
-        pipeline = replace(pipeline, base=jax.device_get(pipeline.base))
     if encoder is None and str(model) == TOYWORLD:
         encoder = path.with_name(f"{TOYWORLD}_encoder")
     if encoder is not None:
         pipeline = with_encoder(pipeline, encoder)
+    if settings.in_parts:
+        pipeline = replace(pipeline, base=jax.device_get(pipeline.base), encoder=jax.device_get(pipeline.encoder))
     return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
 
 

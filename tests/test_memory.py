@@ -12,6 +12,7 @@ from tiny import pictures, tiny_pipeline, write_tiny_base
 
 import datencoder_jax
 from datencoder_jax import api, compilation, memory, sampling, tuning
+from datencoder_jax.checkpoints.encoder_folder import write_encoder
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, Memory
 from datencoder_jax.methods import datencoder
@@ -36,8 +37,10 @@ def plain(folder):
 
 
 @pytest.fixture(scope="module")
-def small(folder, plain):
-    return replace(datencoder_jax.load(folder, memory=8), encoder=plain.encoder)
+def small(folder, plain, tmp_path_factory):
+    encoder = tmp_path_factory.mktemp("encoder") / "encoder"
+    write_encoder(encoder, plain.encoder, plain.fingerprint, dtype="float32")
+    return datencoder_jax.load(folder, encoder=encoder, memory=8)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def leaves(base):
 
 def test_networks_stay_with_the_host(plain, small):
     assert small.memory == PRESETS[8] and plain.memory == Memory()
-    assert all(type(leaf) is np.ndarray for leaf in leaves(small.base))
+    assert all(type(leaf) is np.ndarray for leaf in [*leaves(small.base), *small.encoder.params.values()])
     assert all(isinstance(leaf, jax.Array) for leaf in leaves(plain.base))
     for a, b in zip(leaves(small.base), leaves(plain.base), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -341,21 +341,75 @@ def test_mistakes_are_sentences(recipe, arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size, names", [(8, ["encode", "tune", "draw", "decode"]), (24, ["encode", "tune", "draw"])])
-def test_the_programs_of_personalization(recipe, size, names):
-    base = shapes.base_of_folder(Path(load_recipe(recipe).model), "float32")
-    setting = PRESETS[size]
-    found = {p.name: p for p in programs.personalize(base, setting, 16, "lora", jax.devices()[0])}
+@pytest.mark.parametrize("method", ["lora", "datencoder"])
+@pytest.mark.parametrize("size, last", [(8, ["draw", "decode"]), (24, ["draw"])])
+def test_the_programs_of_personalization(recipe, method, size, last):
+    config = load_recipe(recipe)
+    base, setting = shapes.base_of_folder(Path(config.model), "float32"), PRESETS[size]
+    encoder = shapes.tuning_encoder(base, config.encoder) if method == "datencoder" else None
+    found = {p.name: p for p in programs.personalize(base, encoder, setting, 16, jax.devices()[0])}
+    first = [] if encoder is None else ["see", "predict"] if setting.in_parts else ["predict"]
+    names = [*first, "encode", "tune", *last]
     assert list(found) == names
     results = {name: jax.eval_shape(program.function, *program.arguments) for name, program in found.items()}
     state, losses = results["tune"]
     assert losses.shape == (programs.TUNING_STEPS,) and state.variables.embeddings.shape == (1, 12)
     shown = jax.tree.leaves(results[names[-1]])
     assert (setting.batch, 16, 16, 3) in [x.shape for x in shown if x.dtype == jnp.uint8]
-    weights = {name: sum(4 * x.size for x in getattr(base, name).params.values()) for name in ("unet", "vae", "text")}
-    # Tuning a LoRA reads the UNet alone; unless networks come and go, the others lie beside it.
-    others = sum(4 * x.size for x in jax.tree.leaves(base.vision)) + weights["vae"] + weights["text"]
-    assert found["tune"].resident == (0 if size == 8 else others)
+    weights = {n: sum(4 * x.size for x in getattr(base, n).params.values()) for n in ("unet", "vae", "text", "vision")}
+    weights["encoder"] = 0 if encoder is None else sum(4 * x.size for x in encoder.params.values())
+    # Unless networks come and go, those that a program does not read lie beside it. Tuning a LoRA reads the UNet alone.
+    read = {
+        "see": ["vision"],
+        "predict": ["unet", "encoder"] if setting.in_parts else list(weights),
+        "encode": ["vae"],
+        "tune": ["unet"] if encoder is None else ["unet", "text"],
+        "draw": ["unet"] if setting.in_parts else ["unet", "vae", "text", "vision"],
+        "decode": ["vae"],
+    }
+    for name, program in found.items():
+        others = sum(size for network, size in weights.items() if network not in read[name])
+        assert program.resident == (0 if setting.in_parts else others), name
+    if encoder is not None:
+        vectors, offsets, *_ = results["predict"]
+        assert vectors.shape == (1, 12) and {path: (x.down.shape, x.up.shape) for path, x in offsets.items()} == {
+            path: ((inputs, 2), (2, outputs)) for path, inputs, outputs in encoder.config.inventory
+        }
+        tuned = found["tune"].arguments[3].offsets
+        assert {path: x.down.shape for path, x in tuned.items()} == {path: x.down.shape for path, x in offsets.items()}
+
+
+def test_a_program_that_no_setting_changes_is_compiled_once(monkeypatch, capsys):
+    compiled = []
+
+    def measured(program, machine, _):
+        compiled.append(program.name)
+        room = measure.Room(1, 0, 0, 0, program.resident, None)
+        return measure.Result(program, room, None, None, 0.0)
+
+    monkeypatch.setattr(command, "_measured", measured)
+    options = ["--models", "1.5", "--methods", "lora", "datencoder", "--memory", "8", "16", "24", "0", "--json"]
+    assert cli.main(["plan", *options]) == 0
+    assert {name: compiled.count(name) for name in compiled} == {
+        "encode": 1, "see": 1, "predict": 2, "tune": 8, "draw": 8, "decode": 4
+    }  # fmt: skip
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    beside = {
+        (row["method"], row["memory"], program["program"]): program["memory"]["beside"]
+        for row in rows
+        for program in row["programs"]
+    }
+    unet, text, vae, vision = 859_520_964, 123_060_480, 83_653_863, 632_076_800
+    base = shapes.stable_diffusion("1.5", "bfloat16", vision=True)
+    encoder = sum(x.size for x in shapes.tuning_encoder(base).params.values())
+    assert beside["lora", 8, "encode"] == beside["datencoder", 16, "encode"] == beside["datencoder", 24, "predict"] == 0
+    assert beside["lora", 0, "encode"] == 2 * (unet + text) and beside["lora", 24, "tune"] == 2 * (vae + text)
+    assert beside["datencoder", 0, "encode"] == 2 * (unet + text + vision) + 4 * encoder
+
+
+def test_the_encoder_is_as_large_as_recipes_make_it():
+    recipe = Path(__file__).parents[1] / "configs" / "sd15_paper.py"
+    assert load_recipe(recipe).encoder.to_dict() == shapes.ENCODER | {"blend": 0.5}  # which is no size
 
 
 # --- slices of TPUs

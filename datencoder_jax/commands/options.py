@@ -28,7 +28,7 @@ _METHODS = (
 )
 _SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-a")
 _VERSIONS = ("1.5", "2.1", "XL")
-_PROGRAMS = ("train", "encode", "tune", "draw", "decode")
+_PROGRAMS = ("train", "see", "predict", "encode", "tune", "draw", "decode")
 _KINDS = ("diffusers", "kohya", "embedding", "card")
 
 

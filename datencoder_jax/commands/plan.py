@@ -70,6 +70,7 @@ def _recipe(args: Namespace, machine: "Machine") -> bool:
     from datencoder_jax.plan import advice, programs
     from datencoder_jax.plan.measure import measure
     from datencoder_jax.plan.report import table
+    from datencoder_jax.plan.shapes import tuning_encoder
     from datencoder_jax.training.recipes import load_recipe
 
     config: Any = load_recipe(args.config, args.variant, args.set)
@@ -85,7 +86,8 @@ def _recipe(args: Namespace, machine: "Machine") -> bool:
         else:
             setting = memory.of(machine.memory or 0)
         setting = memory.for_xl(setting) if base.text_2 is not None and not args.memory else setting
-        one = programs.personalize(base, setting, config.resolution, args.methods[0], machine.devices[0])
+        encoder = tuning_encoder(base, config.encoder) if args.methods[0] == "datencoder" else None
+        one = programs.personalize(base, encoder, setting, config.resolution, machine.devices[0])
         wanted += [program for program in one if program.name in args.programs]
     results = [_measured(program, machine, measure) for program in wanted]
     step = next((result for result in results if result.program.name == "train"), None)
@@ -141,36 +143,48 @@ def _models(args: Namespace, machine: "Machine") -> bool:
     from datencoder_jax import memory
     from datencoder_jax.plan import programs
     from datencoder_jax.plan.measure import measure
-    from datencoder_jax.plan.shapes import stable_diffusion
+    from datencoder_jax.plan.shapes import stable_diffusion, tuning_encoder
 
     rows, seen = [], {}
     for version in args.models:
-        base = stable_diffusion(version, "bfloat16")
         for method in args.methods:
+            predicts = method == "datencoder"
+            base = stable_diffusion(version, "bfloat16", vision=predicts)
+            encoder = tuning_encoder(base) if predicts else None
             for size in args.memory or (0, *memory.PRESETS):
                 setting = _setting(size)
                 found = {}
                 device = machine.devices[0]
-                for program in programs.personalize(base, setting, args.resolution, method, device):
+                for program in programs.personalize(base, encoder, setting, args.resolution, device):
                     name = program.name
-                    key = (version,) if name == "encode" else (version, method, size, name)  # no setting changes that
+                    key = (version, name, *_decides(name, method, setting))
                     if key not in seen:
                         seen[key] = _measured(program, machine, measure)
-                    found[name] = seen[key]
+                    found[name] = seen[key].beside(program.resident)
                 rows.append({"model": version, "method": method, "memory": size, "programs": found})
     if args.json:
         shown = [row | {"programs": [result.to_dict() for result in row["programs"].values()]} for row in rows]
         say(json.dumps({"machine": machine.name, "effort": args.effort, "rows": shown}, indent=1))
     else:
         say(f"{machine.name}, {args.resolution} px, weights in bfloat16; GB of one chip")
-        say("| model | method | setting | encode | tune | draw | decode | most |\n|---|---|---|---|---|---|---|---|")
+        say(f"| model | method | setting | {' | '.join(_COLUMNS)} | most |\n|{'---|' * (4 + len(_COLUMNS))}")
         for row in rows:
             said = {name: _gigabytes(result) for name, result in row["programs"].items()}
             most = _gigabytes(max(row["programs"].values(), key=lambda result: (not result.fits, result.room.total)))
-            cells = [said.get(name, "") for name in ("encode", "tune", "draw", "decode")]
+            cells = [said.get(name, "") for name in _COLUMNS]
             setting = f"`--memory {row['memory']}`" if row["memory"] else "none"
             say(f"| {row['model']} | {row['method']} | {setting} | {' | '.join(cells)} | {most} |")
     return all(result.fits for row in rows for result in row["programs"].values())
+
+
+_COLUMNS = ("see", "predict", "encode", "tune", "draw", "decode")
+
+
+def _decides(name: str, method: str, setting: "Memory") -> tuple:
+    """What a program of personalization depends on beside the model."""
+    if name == "encode":
+        return ()
+    return (setting.in_parts,) if name in ("see", "predict") else (method, setting)
 
 
 def _setting(size: int) -> "Memory":

@@ -11,7 +11,7 @@ overlap, and XLA counts bytes that stay in a chip's inner memory too.
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -93,6 +93,10 @@ class Result:
     @property
     def fits(self) -> bool:
         return self.refused is None and self.room.fits
+
+    def beside(self, resident: int) -> "Result":
+        """The same with so many bytes of networks on the chip that are no argument."""
+        return replace(self, program=replace(self.program, resident=resident), room=replace(self.room, beside=resident))
 
     @property
     def pictures_per_second(self) -> float | None:

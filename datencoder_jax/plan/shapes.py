@@ -1,6 +1,7 @@
 """Base models as shapes: the sizes of Stable Diffusion 1.5, 2.1 and XL, or of any diffusers folder; nothing is read."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 
 from datencoder_jax.base import Base
 from datencoder_jax.diffusion.schedule import ScheduleConfig
+from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
+from datencoder_jax.training.encoder_stage import abstract_config
 
 _TEXT_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
 _TEXT_H = CLIPTextConfig(
@@ -69,6 +72,9 @@ _SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="sc
 VERSIONS = tuple(_UNETS)
 """Of Stable Diffusion."""
 
+ENCODER = {"rank": 4, "width": 768, "depth": 4, "heads": 12}
+"""Sizes of the tuning-encoders that the recipes for Stable Diffusion pretrain."""
+
 
 def stable_diffusion(version: str, dtype: str, *, vision: bool = False) -> Base:
     """Stable Diffusion of one of `VERSIONS`, stored and computed in `dtype` (XL's VAE computes in float32).
@@ -79,6 +85,13 @@ def stable_diffusion(version: str, dtype: str, *, vision: bool = False) -> Base:
     prediction = "v_prediction" if version == "2.1" else "epsilon"
     schedule = replace(_SCHEDULE, prediction_type=prediction)
     return _base(dtype, _UNETS[version], _VAE, _TEXTS[version], _VIT_H if vision else None, schedule)
+
+
+def tuning_encoder(base: Base, sizes: Mapping[str, Any] = ENCODER) -> Model:
+    """A tuning-encoder for a base model with a vision tower, in float32, with the sizes that a recipe gives it."""
+    config = abstract_config(base, **sizes)
+    params: Any = abstract_params(TuningEncoder, config)
+    return Model(TuningEncoder, config, params)
 
 
 def base_of_folder(path: Path, dtype: str) -> Base:

@@ -51,12 +51,16 @@ def encoder_config(pipeline: Pipeline, **sizes) -> EncoderConfig:
 
     With `hypernetwork=False` it fills nothing, and predicts an embedding alone.
     """
-    base = pipeline.base
-    return _encoder_config(base, pipeline.tokenizer.length, float(base.word_norm), **sizes)
+    return _encoder_config(pipeline.base, float(pipeline.base.word_norm), **sizes)
 
 
-def _encoder_config(base: Base, length: int, norm: float, *, hypernetwork: bool = True, **sizes) -> EncoderConfig:
-    vision = base.eyes.config
+def abstract_config(base: Base, **sizes) -> EncoderConfig:
+    """As `encoder_config`, for a base model of `jax.ShapeDtypeStruct`s, whose words have no length."""
+    return _encoder_config(base, 1.0, **sizes)
+
+
+def _encoder_config(base: Base, norm: float, *, hypernetwork: bool = True, **sizes) -> EncoderConfig:
+    vision, length = base.eyes.config, base.text.config.max_position_embeddings
     side, channels = base.unet.config.sample_size, base.unet.config.in_channels
     embedding_dim = sum(base.widths)
     latents = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
@@ -280,17 +284,17 @@ def _decoded(base: Base, moments: np.ndarray) -> np.ndarray:
 
 
 def abstract_task(
-    config, base: Base, mesh: jax.sharding.Mesh, length: int = 77
+    config, base: Base, mesh: jax.sharding.Mesh
 ) -> tuple[TuningEncoderTask, dict[str, jax.ShapeDtypeStruct]]:
     """The task of a recipe on shapes alone, and the shapes of a global batch: for compiling without weights or data.
 
     Args:
         base: a base model of `jax.ShapeDtypeStruct`s with a vision tower.
         mesh: of the devices it is compiled for.
-        length: tokens of a prompt.
     """
-    sizes = _encoder_config(base, length, 1.0, **config.encoder)
+    sizes = abstract_config(base, **config.encoder)
     shape: Any = jax.ShapeDtypeStruct
+    length = base.text.config.max_position_embeddings
     ids, templates = shape((1, length), jnp.int32), shape((len(TEMPLATES), length), jnp.int32)
     task = TuningEncoderTask(
         sizes,
