@@ -161,6 +161,27 @@ def test_a_file_may_be_marked(tmp_path):
     assert told["prediction_type"] == "epsilon" and not told.get("rescale_betas_zero_snr")
 
 
+@pytest.mark.parametrize(
+    "generation, said, prediction",
+    [
+        ("1.x", "v", "v_prediction"),
+        ("1.x", "V_Prediction", "v_prediction"),
+        ("1.x", "something", "epsilon"),
+        ("2.x", "epsilon", "epsilon"),
+    ],
+)
+def test_metadata_may_tell_the_prediction(tmp_path, generation, said, prediction):
+    """Under ModelSpec's name; the empty tensors, and what the user says, count for more."""
+    tensors, path = random_tensors(SMALL[generation]), tmp_path / "told.safetensors"
+    save_file(tensors, path, {"modelspec.prediction_type": said})
+    parts = read_base(path)
+    assert parts.scheduler["prediction_type"] == prediction
+    assert parts.unet.config.sample_size == 256  # half of the 512 pixels of all but 2.x with v
+    assert read_base(path, prediction_type="v_prediction").scheduler["prediction_type"] == "v_prediction"
+    save_file(tensors | {"v_pred": np.zeros(0, "f4")}, path, {"modelspec.prediction_type": "epsilon"})
+    assert read_base(path).scheduler["prediction_type"] == "v_prediction"
+
+
 # --- full size, by names and shapes
 
 UNETS = {

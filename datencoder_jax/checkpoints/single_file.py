@@ -22,7 +22,7 @@ from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.refusals import is_lora, refiner
 from datencoder_jax.checkpoints.single_file_configs import text_config, unet_config, vae_config
 from datencoder_jax.checkpoints.single_file_names import text_name, unet_names, vae_names, without_last_layer
-from datencoder_jax.checkpoints.weights import describing, opened, place
+from datencoder_jax.checkpoints.weights import describing, open_tensors, opened, place
 from datencoder_jax.errors import UserError
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -31,7 +31,7 @@ _KNOWN = re.compile(
     r"^(betas|logvar|lvlb_weights|posterior_\w+|\w*alphas_cumprod\w*|v_pred|ztsnr)$|^(model_ema|denoiser)\.|\.logit_scale$"
 )
 """What is known and no weight of a part: tables of the noise schedule, the averaged weights of training, CLIP's
-temperature, and the two marks of `_marked`."""
+temperature, and the two marks of `_told`."""
 
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -43,6 +43,9 @@ _SCHEDULER = {
     "clip_sample": False,
     "steps_offset": 1,
 }
+
+_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+"""By their names in metadata."""
 
 
 class _Tower(NamedTuple):
@@ -102,16 +105,16 @@ def read_single_file(path: str | Path, *, dtype: str = "float32", prediction_typ
     The tokenizer is CLIP's own, from this package.
 
     Args:
-        prediction_type: "epsilon" or "v_prediction". Few files tell (`_marked`), so without it the others are taken for
+        prediction_type: "epsilon" or "v_prediction". Few files tell (`_told`), so without it the others are taken for
             what most of their family are: 2.x for the model of 768 pixels, which predicts v; others predict epsilon.
 
     Raises:
         UserError: the file is missing, damaged or holds something else.
     """
     path = expand_user(path)
-    with opened([path], str(path)) as tensors:
+    with opened([path], str(path)) as tensors, open_tensors(path) as file:
         family, parts = split(tensors, str(path))
-        scheduler = family.scheduler | _marked(tensors)
+        scheduler = family.scheduler | _told(tensors, file.metadata() or {})
         if prediction_type == "epsilon":
             scheduler.pop("rescale_betas_zero_snr", None)
         scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
@@ -138,11 +141,16 @@ def read_single_file(path: str | Path, *, dtype: str = "float32", prediction_typ
     )
 
 
-def _marked(tensors: Tensors) -> dict[str, Any]:
-    """What empty tensors tell user interfaces: `v_pred` of the prediction, `ztsnr` of a schedule that ends in noise."""
-    if "v_pred" not in tensors:
-        return {}
-    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in tensors}
+def _told(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file tells of its prediction and schedule.
+
+    Empty tensors tell user interfaces: `v_pred` of the prediction, `ztsnr` of a schedule that ends in noise. Where they
+    are missing, metadata may tell of the prediction, as Stability AI's ModelSpec has it and trainers write it.
+    """
+    if "v_pred" in tensors:
+        return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in tensors}
+    kind = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
+    return {"prediction_type": kind} if kind else {}
 
 
 def split(tensors: Tensors, origin: str) -> tuple[Family, dict[str, Tensors]]:
