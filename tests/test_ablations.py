@@ -70,6 +70,9 @@ def test_encoders_are_pretrained_once_and_the_command_measures_them(tmp_path, ca
     ablations.main(arguments)
     again = capsys.readouterr().out.splitlines()
     assert len(ran) == 2 and any("| no_hypernetwork | -1.0000 [" in line for line in again)  # measured once
+    with pytest.raises(SystemExit):
+        ablations.main(["--variant", "smoke", "--steps", "2", *arguments[4:]])
+    assert "other settings: steps was 1 and is now 2; name another --out" in capsys.readouterr().err
     encoders, tuning = (
         parse_entries(command[command.index("--methods") + 1 : command.index("--steps")])
         for command in map(shlex.split, again[-2:])

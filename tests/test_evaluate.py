@@ -15,7 +15,7 @@ from evaluate_helpers import evaluate, forget, metrics_of, model, row_of  # noqa
 from PIL import Image
 
 from datencoder_jax.benchmark import making, run, units
-from datencoder_jax.benchmark.entries import Row, make_rows, parse_entries, parse_steps
+from datencoder_jax.benchmark.entries import Row, make_rows, parse_entries, parse_steps, slug
 from datencoder_jax.benchmark.making import make, unit_seed
 from datencoder_jax.benchmark.suites import Setup, Subject
 from datencoder_jax.errors import UserError
@@ -56,6 +56,17 @@ def test_entries_are_methods_with_options_and_steps():
     rows = make_rows([first, lora, base], parse_steps("4,50"))
     assert [row.name for row in rows][1:] == ["datencoder:start=word,blend=1@12", "lora@4", "lora@50", "base@0"]
     assert len({row.slug for row in rows}) == 5 and not any(set(row.slug) & set(":,/ ") for row in rows)
+
+
+def test_rows_are_read_back_whatever_their_labels_hold():
+    rows = make_rows(parse_entries(["e4t:encoder=runs/enc@2024@0+12", "datencoder:encoder=enc@v2@12", "base"]), (0,))
+    assert [row.name for row in rows][:2] == ["e4t:encoder=runs/enc@2024@0", "e4t:encoder=runs/enc@2024@12"]
+    back = units.rows_of({row.name: {"steps": row.steps, "rates": list(row.rates)} for row in rows})
+    assert [(row.name, row.entry.options, row.rates) for row in back] == [
+        (row.name, row.entry.options, row.rates) for row in rows
+    ]
+    long = "x" * 240
+    assert slug("robot_1") == "robot_1" and slug(long) != slug(f"{long}x") and len(slug(long)) < 100
 
 
 def test_rates_of_an_entry_are_its_own_or_the_methods_and_0_where_a_part_is_off():
@@ -212,6 +223,13 @@ def test_what_failed_is_tried_again_when_asked(ran, model, capsys):  # noqa: F81
     again = ["--suite", "toyworld", "--instances", "2", "--seeds", "2", "--methods", "e4t@0"]
     assert evaluate(model, ran, *again) == 0 and first.read_text() == "it was a bad day\n"
     assert evaluate(model, ran, *again, "--retry-failed") == 0 and "E4T" in first.read_text()
+    # A result counts, though whoever wrote it was killed before the sentence was gone.
+    row, name, seed = make_rows(parse_entries(["e4t@0"]), ())[0], *first.name.removesuffix(".error.txt").rsplit("-", 1)
+    unit = units.Unit(ran, row, 0, name, int(seed))
+    assert unit.error_file == first and unit.error
+    unit.file.touch()
+    assert unit.error is None and unit.done
+    unit.file.unlink()
 
 
 def test_what_then_succeeds_is_counted(model, tmp_path, monkeypatch):  # noqa: F811

@@ -8,10 +8,12 @@ from evaluate_helpers import MINI, evaluate, forget, metrics_of, model, row_of  
 from PIL import Image
 from test_picture_scores import clip_folder, dino_folder  # noqa: F401
 
-from datencoder_jax.benchmark import making, photographs
+from datencoder_jax.benchmark import making, metrics, photographs
 from datencoder_jax.benchmark.albums import read_albums
+from datencoder_jax.benchmark.entries import make_rows, parse_entries
 from datencoder_jax.benchmark.making import open_suite
 from datencoder_jax.benchmark.suites import Setup, Subject
+from datencoder_jax.benchmark.units import Unit, _check_subjects, shown_prompts, told_subjects
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.picture_scores import load_clip, load_dino
@@ -206,12 +208,15 @@ def test_any_folder_of_pictures(tmp_path):
         ({"prompts.json": '{"object": ["a robot"]}'}, "names no {subject}"),
         ({"prompts.json": '{"object": ["{subject}"]}', "subjects.json": '{"a": {"kind": "live"}}'}, "not as expected"),
         ({"prompts_and_classes.txt": "x"}, "is not DreamBench's"),
+        ({"subjects.json": '{"a/../a": {}}'}, "is no plain name of a folder"),
+        ({"captions/animal/00.txt": "", "images/animal/x": ""}, "holds no subject with prompts"),
     ],
 )
 def test_folders_that_cannot_be_used(files, said, tmp_path):
     if files:
         picture(tmp_path / "a" / "1.png")
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
         read_albums(tmp_path, "thing", ["a {subject}"])
@@ -219,5 +224,80 @@ def test_folders_that_cannot_be_used(files, said, tmp_path):
 
 def test_names_that_are_no_text_are_told(tmp_path):
     picture(tmp_path / "a\udcff" / "1.png")
-    with pytest.raises(UserError, match="is no plain text; rename it"):
+    with pytest.raises(UserError, match="is no plain name of a folder; rename it"):
         read_albums(tmp_path, "thing", ["a {subject}"])
+
+
+# what a run is of
+
+
+@pytest.fixture
+def described(tmp_path):
+    """A folder of two subjects with two photographs each, and two lists of prompts."""
+    folder = tmp_path / "described"
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+        picture(folder / name)
+    (folder / "prompts.json").write_text('{"object": ["a {subject}"], "live": ["a happy {subject}"]}')
+    (folder / "subjects.json").write_text('{"a": {"class": "cup", "kind": "object"}, "b": {"kind": "live"}}')
+    return folder
+
+
+def told(folder, model):  # noqa: F811
+    for kept in (making.open_suite, photographs._read):
+        kept.cache_clear()
+    setup = Setup(str(folder), model=model[1])
+    return told_subjects(setup), shown_prompts(setup)
+
+
+def test_a_run_knows_all_photographs_and_whose_prompts_are_whose(described, model):  # noqa: F811
+    before, shown = told(described, model)
+    Image.new("RGB", (16, 16), "red").save(described / "b" / "1.png")
+    after, _ = told(described, model)
+    assert before[0] == after[0] and before[1]["given"] == after[1]["given"]
+    assert before[1]["references"] != after[1]["references"]  # so that no scores against others are joined
+    (described / "subjects.json").write_text('{"a": {"class": "cup", "kind": "live"}, "b": {"kind": "object"}}')
+    swapped, again = told(described, model)
+    assert [set(text.split(" / ")) for text in again] == [set(text.split(" / ")) for text in shown]
+    assert [now["prompts"] for now in swapped] == [was["prompts"] for was in before][::-1]
+    with pytest.raises(UserError, match="made with other prompts of a; choose another --out"):
+        _check_subjects(described, after, swapped)
+
+
+def test_a_corrupt_photograph_is_told_before_anything_is_drawn(described, model, tmp_path, capsys):  # noqa: F811
+    (described / "b" / "1.png").write_bytes(b"\x89PNG no more")
+    assert evaluate(model, tmp_path / "out", "--suite", described, "--methods", "base") == 2
+    assert "1.png" in capsys.readouterr().err and not (tmp_path / "out" / "units").exists()
+
+
+def test_dreambench_is_dreambench(tmp_path, model):  # noqa: F811
+    picture(tmp_path / "dog" / "0.png")
+    with pytest.raises(UserError, match="is no copy of DreamBench"):
+        open_suite(Setup("dreambench", data=str(tmp_path), model=model[1]))
+    lists = "".join(f"prompt_list = [\n'a {{0}} {{1}} {k}'.format(x, y),\n]\n" for k in range(2))
+    (tmp_path / "prompts_and_classes.txt").write_text(f"subject_name,class\ndog,dog\nvase,vase\n{lists}")
+    open_suite.cache_clear()
+    suite = open_suite(Setup("dreambench", data=str(tmp_path), model=model[1]))
+    assert [subject.name for subject in suite.subjects] == ["dog"]
+    assert any("not measured" in sentence and "vase" in sentence for sentence in suite.missing)
+
+
+def test_names_that_differ_in_dots_alone_keep_their_pictures(model, tmp_path):  # noqa: F811
+    for name in ("dog.1.png", "dog_1.png"):
+        picture(tmp_path / "dogs" / name)
+    assert evaluate(model, tmp_path / "out", "--suite", tmp_path / "dogs", "--num", "1", "--methods", "base") == 0
+    folders = list((tmp_path / "out" / "dreambench_plus" / "base@0" / "tgt_image").iterdir())
+    assert len(folders) == 2 and all(len(list(folder.iterdir())) == 4 for folder in folders)
+    assert not any("." in folder.name for folder in folders)
+
+
+def test_results_do_not_go_among_the_pictures(described, model, capsys):  # noqa: F811
+    assert evaluate(model, described, "--suite", described, "--methods", "base") == 2
+    assert "name another one" in capsys.readouterr().err and not (described / "settings.json").exists()
+
+
+def test_pictures_that_are_scored_are_let_go(ran):
+    row = make_rows(parse_entries(["datencoder@0"]), (0,))[0]
+    units, made = [Unit(ran, row, k, name, 0) for k, name in enumerate(NAMES)], []
+    seen = [pictures.shape for pictures in metrics._read(units, made)]
+    assert seen == [(25, 2, 16, 16, 3)] * 2
+    assert all(each.pictures.size == 0 and each.pictures.base is None and each.bytes for each in made)

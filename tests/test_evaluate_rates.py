@@ -181,3 +181,17 @@ def test_rates_are_not_chosen_under_settings_that_the_folder_has_not(model, tmp_
     assert not (tmp_path / "sweep").exists() and not (tmp_path / "rates.json").exists()
     assert evaluate(model, tmp_path, *asked, "base", "lora:rank=2@2", "--sweep", "2", "--report-only") == 0
     assert not (tmp_path / "sweep").exists() and not list(tmp_path.glob("units/lora*"))
+
+
+def test_rates_are_chosen_for_rows_that_nothing_was_made_of(model, tmp_path, capsys):  # noqa: F811
+    asked = ["--suite", "toyworld", "--instances", "1", "--seeds", "1", "--methods", "lora:rank=2@2"]
+    assert evaluate(model, tmp_path, *asked, "--report-only") == 0
+    assert evaluate(model, tmp_path, *asked, "--sweep", "2") == 0
+    assert "lora:rank=2@2" in read_rates(tmp_path / "rates.json")["chosen"]
+    # Those that have units keep the rates these were made at, and the sweep is not begun.
+    other = tmp_path / "other"
+    assert evaluate(model, other, *asked) == 0
+    capsys.readouterr()
+    assert evaluate(model, other, *asked, "--sweep", "2") == 0
+    assert "no rates are chosen for lora:rank=2@2, begun without" in capsys.readouterr().out
+    assert not (other / "sweep").exists() and not (other / "rates.json").exists()

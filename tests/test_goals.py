@@ -105,3 +105,13 @@ def test_how_hard_the_held_out_kinds_are_is_told_by_methods_without_an_encoder(c
     values["identity"] = [value + (0.2 if k < 30 else 0.1) for k, value in enumerate(base)]
     [told] = [goal["numbers"] for goal in goals(content) if "no encoder saw" in goal["text"]]
     assert told.endswith("; lora, without an encoder, 50.0%")
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.1])
+def test_no_gain_is_no_goal_met(content, lost):
+    base = content["rows"][1]["values"]["identity"]
+    for index, share in ((2, 0.5), (3, 1.0)):  # datencoder after 0 and 12 steps
+        content["rows"][index]["values"]["identity"] = [value - share * lost for value in base]
+    assert found(content, "without tuning") == found(content, "no encoder saw") == [False]
+    told = [goal["numbers"] for goal in goals(content) if "without tuning" in goal["text"]]
+    assert told[0].endswith("nothing to keep")

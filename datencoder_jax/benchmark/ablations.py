@@ -101,19 +101,33 @@ def run(args: argparse.Namespace) -> None:
     for name in args.only or ABLATIONS:
         workdir = args.out / name
         folders[name] = workdir / "encoder"
-        if (folders[name] / "config.json").exists():
-            continue
-        print(f"{name}: {ABLATIONS[name] or 'no change'}", file=sys.stderr)
         config = changed(recipe, ABLATIONS[name])
         config.update(steps=args.steps, output=str(folders[name]), preview_every=0)
         # So few steps see no more of them, and to draw and encode them takes minutes.
         config.data.concepts = min(config.data.concepts, max(1, args.steps * config.batch_size // 2))
+        if (folders[name] / "config.json").exists():
+            _check_same(config, workdir / "config.json")
+            continue
+        print(f"{name}: {ABLATIONS[name] or 'no change'}", file=sys.stderr)
         run_stage(config, workdir)
     print(table(measured(recipe, folders)))
     entries = [f"datencoder:encoder={folder}" for folder in folders.values()]
     for methods, steps, out in ((entries, "0,12", "table"), (TUNING, "12", "tuning")):
         command = ["datencoder", "evaluate", "--suite", "toyworld", "--methods", *methods]
         print(shlex.join([*command, "--steps", steps, "--seeds", "1", "--out", str(args.out / out)]))
+
+
+def _check_same(config: Any, file: Path) -> None:
+    """Sees that an encoder was pretrained as it would be now, wherever the folder was then."""
+    if not file.exists():  # one from elsewhere
+        return
+    before, now = (json.loads(text) | {"output": ""} for text in (file.read_text(encoding="utf-8"), config.to_json()))
+    if odd := [name for name in now if now[name] != before.get(name)]:
+        name = min(odd, key=lambda name: len(str(now[name])))
+        raise UserError(
+            f"{file.parent} was pretrained with other settings: {name} was {before.get(name)} and is now {now[name]}; "
+            "name another --out, or delete it."
+        )
 
 
 def measured(recipe: Any, folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:

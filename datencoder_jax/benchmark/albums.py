@@ -18,6 +18,7 @@ SUBJECT = "{subject}"
 """What stands for the subject in templates."""
 
 _ENDINGS = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_LIST = "prompts_and_classes.txt"
 _LIVE = ("cat", "dog")
 """The classes of DreamBench that its second list of prompts is for."""
 
@@ -38,21 +39,21 @@ class Album(NamedTuple):
     templates: tuple[str, ...]
 
 
-def read_albums(folder: Path, word: str, prompts: Sequence[str]) -> list[Album]:
+def read_albums(folder: Path, word: str, prompts: Sequence[str] | None) -> list[Album]:
     """The subjects in a folder of any of the layouts, by name.
 
     Args:
         word: the class of subjects that the folder tells none of.
-        prompts: templates of those it has none for.
+        prompts: templates of those it has none for; None where it has to have its own.
 
     Raises:
         UserError: there is no such folder, it holds no pictures, or what describes them is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    if (folder / "dataset" / "prompts_and_classes.txt").exists():
+    if (folder / "dataset" / _LIST).exists():
         folder = folder / "dataset"
-    if (folder / "prompts_and_classes.txt").exists():
+    if (folder / _LIST).exists():
         albums = _dreambench(folder)
     elif (folder / "captions").is_dir() and (folder / "images").is_dir():
         albums = _dreambench_plus(folder)
@@ -63,8 +64,9 @@ def read_albums(folder: Path, word: str, prompts: Sequence[str]) -> list[Album]:
             f"{folder} holds no pictures of subjects; name a folder of pictures, or of folders of pictures."
         )
     for album in albums:
-        if not album.name.isprintable():  # nor, then, can a table say it, or a file be called so
-            raise UserError(f"the name {album.name!r} in {folder} is no plain text; rename it.")
+        # What a table cannot say, or a file not be called.
+        if not album.name.isprintable() or Path(album.name).name != album.name:
+            raise UserError(f"the name {album.name!r} in {folder} is no plain name of a folder; rename it.")
         if wrong := [template for template in album.templates if SUBJECT not in template]:
             raise UserError(f"the prompt {wrong[0]!r} for {album.name} in {folder} names no {SUBJECT}; write it in.")
         if not album.files:
@@ -79,12 +81,17 @@ def pictures_in(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(file for file in folder.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file()))
 
 
-def _described(folder: Path, word: str, prompts: Sequence[str]) -> list[Album]:
+def _described(folder: Path, word: str, prompts: Sequence[str] | None) -> list[Album]:
     """The first and the last layout, each file of the former as far as it is there."""
     lists, about = _json(folder / "prompts.json"), _json(folder / "subjects.json")
+    if prompts is None and not (lists and about):
+        raise UserError(
+            f"{folder} is no copy of DreamBench: it has neither {_LIST} nor prompts.json and subjects.json; for other "
+            f"pictures, name their folder with --suite."
+        )
     names = list(about) or [path.name for path in sorted(folder.iterdir()) if path.is_dir() and pictures_in(path)]
     if not names:
-        return [Album(file.name, word, (file,), tuple(prompts)) for file in pictures_in(folder)]
+        return [Album(file.name, word, (file,), tuple(prompts or ())) for file in pictures_in(folder)]
     albums = []
     try:
         for name in names:
@@ -98,7 +105,7 @@ def _described(folder: Path, word: str, prompts: Sequence[str]) -> list[Album]:
                     name,
                     own.get("class", word),
                     listed or pictures_in(place),
-                    tuple(lists[kind]) if lists else tuple(prompts),
+                    tuple(lists[kind]) if lists else tuple(prompts or ()),
                 )
             )
     except (KeyError, TypeError, AttributeError) as error:
@@ -118,10 +125,21 @@ def _json(path: Path) -> dict:
         raise UserError(f"{path} is damaged ({error}).") from error
 
 
+def listed(folder: Path) -> list[str]:
+    """The subjects that a copy of DreamBench should have, by its own list; none where it has no such list."""
+    for path in (folder / _LIST, folder / "dataset" / _LIST):
+        if path.exists():
+            return [name for name, _ in _classes(path)]
+    return []
+
+
+def _classes(path: Path) -> list[tuple[str, str]]:
+    return re.findall(r"^([\w-]+),([\w -]+)$", path.read_text("utf-8"), re.MULTILINE)
+
+
 def _dreambench(folder: Path) -> list[Album]:
-    path = folder / "prompts_and_classes.txt"
-    text = path.read_text("utf-8")
-    classes = re.findall(r"^([\w-]+),([\w -]+)$", text, re.MULTILINE)
+    path = folder / _LIST
+    text, classes = path.read_text("utf-8"), _classes(path)
     lists = [re.findall(r"^'(.*)'\.format", part, re.MULTILINE) for part in text.split("prompt_list")[1:]]
     if len(lists) != 2 or not classes:
         raise UserError(f"{path} is not DreamBench's: it holds {len(lists)} lists of prompts instead of 2.")
@@ -137,7 +155,10 @@ def _dreambench_plus(folder: Path) -> list[Album]:
     """Named as its scripts name them: "live_subject_animal_00_kitten"."""
     albums = []
     for captions in sorted((folder / "captions").glob("*/*.txt")):
-        subject, *texts = (line.strip() for line in captions.read_text("utf-8").strip().splitlines())
+        lines = [line.strip() for line in captions.read_text("utf-8").strip().splitlines()]
+        if len(lines) < 2:
+            raise UserError(f"{captions} is not DreamBench++'s: it holds no subject with prompts below it.")
+        subject, *texts = lines
         kind = captions.parent.name
         name = f"{'live_subject_' if kind in ('animal', 'human') else ''}{kind}_{captions.stem}_{subject.lower()}"
         picture = folder / "images" / kind / f"{captions.stem}.jpg"

@@ -28,11 +28,13 @@ _QUALITY = 95
 def write_tree(folder: Path, setup: Setup, units: Sequence[Unit]) -> None:
     """Writes what has been drawn and is not there yet."""
     suite = open_suite(setup)
+    names = [subject.name.replace(".", "_") for subject in suite.subjects]  # its scripts cut names at the first dot
+    names = [name if names.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(names)]
     for unit in units:
         if not unit.file.exists():
             continue
         root = folder / NAME / unit.row.slug
-        name = suite.subjects[unit.subject].name.replace(".", "_")  # its scripts cut names at the first dot
+        name = names[unit.subject]
         last = (
             root / "tgt_image" / name / f"{len(suite.prompts(unit.subject)) - 1}_{setup.num * (unit.seed + 1) - 1}.jpg"
         )

@@ -29,6 +29,8 @@ from datencoder_jax.typing import LearningRates
 
 BASE = "base"
 """The entry that draws the class word and learns nothing."""
+_LONGEST = 150
+"""Characters of a name that are used as they are: file systems have 255 bytes for it and what is put behind."""
 TUNING = ("draws", "views", "crop", "flip", "norm_weight", "momentum", "remat")
 """Options that are fields of `TuningConfig`."""
 
@@ -91,7 +93,11 @@ class Row:
 def slug(text: str) -> str:
     """A name for files, different for different texts."""
     plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text)
-    return plain if plain == text else f"{plain[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return (
+        plain
+        if plain == text and len(text) <= _LONGEST
+        else f"{plain[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    )
 
 
 def parse_entries(texts: Sequence[str]) -> list[Entry]:

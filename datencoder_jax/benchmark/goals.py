@@ -82,8 +82,8 @@ def _start(ours: Mapping, start: Mapping, base: Mapping) -> dict[str, Any] | Non
         return None
     return _goal(
         f"{OURS} without tuning keeps {_SHARE:.0%} of the identity it gains with {STEPS} steps",
-        untuned.mean >= _SHARE * tuned.mean,
-        f"gains {_signed(untuned)} and {_signed(tuned)}: {untuned.mean / tuned.mean:.1%}",
+        tuned.mean > 0 and _SHARE * tuned.mean <= untuned.mean,
+        f"gains {_signed(untuned)} and {_signed(tuned)}: {_share(untuned, tuned)}",
     )
 
 
@@ -93,14 +93,14 @@ def _new(
     inside, outside = (_difference(ours, base, "identity", subjects) for subjects in (known, unseen))
     if inside is None or outside is None:
         return None
-    numbers = f"gains {_signed(outside)} and {_signed(inside)}: {outside.mean / inside.mean:.1%}"
+    numbers = f"gains {_signed(outside)} and {_signed(inside)}: {_share(outside, inside)}"
     for row in plain:
         own, new = (_difference(row, base, "identity", subjects) for subjects in (known, unseen))
         if own is not None and new is not None:
-            numbers += f"; {row['label']}, without an encoder, {new.mean / own.mean:.1%}"
+            numbers += f"; {row['label']}, without an encoder, {_share(new, own)}"
     return _goal(
         f"on kinds of things that no encoder saw, {OURS} keeps {_SHARE:.0%} of the identity it gains on others",
-        outside.mean >= _SHARE * inside.mean,
+        inside.mean > 0 and _SHARE * inside.mean <= outside.mean,
         numbers,
     )
 
@@ -121,6 +121,11 @@ def _difference(first: Mapping, second: Mapping, score: str, subjects: Sequence[
 def _seconds(row: Mapping) -> float:
     """From the picture to the concept."""
     return row["seconds"].get("predict", 0.0) + row["seconds"].get("tune", 0.0)
+
+
+def _share(part: Interval, whole: Interval) -> str:
+    """What part of a gain another one is; nothing is a part of no gain."""
+    return f"{part.mean / whole.mean:.1%}" if whole.mean > 0 else "nothing to keep"
 
 
 def _signed(interval: Interval) -> str:

@@ -49,22 +49,19 @@ def read_joined(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def check_joined(
-    frame: Mapping[str, Any], others: Sequence[tuple[Path, Mapping[str, Any]]], free: Sequence[str] = ()
-) -> None:
+def check_joined(frame: Mapping[str, Any], others: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
     """Sees that other runs measured what this one measures.
 
     Args:
         frame: of this run's `metrics.json`, what is not its rows.
         others: as `read_joined` gives them.
-        free: further settings that may differ.
 
     Raises:
         UserError: another run had other subjects, prompts, scores, settings or another base model.
     """
     frame = json.loads(json.dumps(frame))
     for path, other in others:
-        names = [name for name in frame["settings"] if name not in (*_FREE, *free)]
+        names = [name for name in frame["settings"] if name not in _FREE]
         pairs = [(name, other.get(name), frame[name]) for name in _EQUAL]
         pairs += [(name, other["settings"].get(name), frame["settings"][name]) for name in names]
         for name, theirs, ours in pairs:

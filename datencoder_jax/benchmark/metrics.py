@@ -7,7 +7,8 @@ leaves out what else the machine did, without compiling; bytes and trained numbe
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,11 @@ class Metrics:
         return content
 
     def _row(self, row: Row, units: Sequence[Unit], done: Sequence[Unit]) -> dict[str, Any]:
-        who, parts, made = [unit.subject for unit in done], [], []
+        who, parts = [unit.subject for unit in done], []
+        made: list[Made] = []
         for first in range(0, len(done), _AT_ONCE):
-            some = [read_made(unit) for unit in done[first : first + _AT_ONCE]]
-            parts.append(self.suite.score(who[first : first + _AT_ONCE], (each.pictures for each in some)))
-            made += [Made(each.pictures[:0], each.seconds, each.bytes, each.trained) for each in some]
+            pictures = _read(done[first : first + _AT_ONCE], made)
+            parts.append(self.suite.score(who[first : first + _AT_ONCE], pictures))
         values, by_prompt = {}, {}
         for name in self.suite.scores:
             if not parts:
@@ -151,7 +152,8 @@ class Metrics:
         sheet = []
         for subject in tiles["subjects"]:
             drawn = read_made(first[subject]).pictures if subject in first else None
-            sheet.append([None if drawn is None else drawn[prompt, 0] for prompt in tiles["prompts"]])
+            # Copies, since a view keeps all that the unit drew.
+            sheet.append([None if drawn is None else drawn[prompt, 0].copy() for prompt in tiles["prompts"]])
         name = f"pictures/{row.slug}.png"
         write_sheet(self.folder / name, sheet, tiles["side"])
         return found | {"pictures": name}
@@ -179,6 +181,14 @@ def make_frame(setup: Setup, about: Mapping[str, Any]) -> dict[str, Any]:
         "groups": {name: list(indices) for name, indices in suite.groups.items()},
         "subjects": told_subjects(setup),
     }
+
+
+def _read(units: Sequence[Unit], made: list[Made]) -> Iterator[np.ndarray]:
+    """The pictures of units, one after the other; what else they tell is added to `made`."""
+    for unit in units:
+        found = read_made(unit)
+        made.append(replace(found, pictures=np.empty(0, np.uint8)))  # photographs of a whole row fill a memory
+        yield found.pictures
 
 
 def _scores(suite: Suite) -> dict[str, Score]:

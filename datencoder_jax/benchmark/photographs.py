@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datencoder_jax.benchmark.albums import SUBJECT, read_albums
-from datencoder_jax.benchmark.suites import DREAMBENCH, TOKEN, Reference, Score, Setup, Subject
+from datencoder_jax.benchmark.albums import SUBJECT, listed, read_albums
+from datencoder_jax.benchmark.suites import DREAMBENCH, TOKEN, Reference, Score, Setup, Subject, digest
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.evaluation.picture_scores import Scorer, load_clip, load_dino, own_clip, scorers
 from datencoder_jax.pipeline import Pipeline
@@ -36,14 +36,29 @@ class Photographs:
 
     def __init__(self, setup: Setup, pipeline: Pipeline):
         self.setup, self.pipeline = setup, pipeline
-        folder = Path(setup.data or setup.suite) if setup.suite == DREAMBENCH else Path(setup.suite)
-        own = [prompt.replace(TOKEN, SUBJECT) for prompt in pipeline.prompts]
-        self.albums = read_albums(folder, setup.word, own)[: setup.instances]
+        if setup.suite == DREAMBENCH:
+            folder, own = Path(setup.data or setup.suite), None
+        else:
+            folder, own = Path(setup.suite), [prompt.replace(TOKEN, SUBJECT) for prompt in pipeline.prompts]
+        albums = read_albums(folder, setup.word, own)
+        self.albums, names = albums[: setup.instances], {album.name for album in albums}
+        self._absent = [name for name in listed(folder) if name not in names]
         self.subjects = [Subject(album.name, album.word) for album in self.albums]
 
     def given(self, subject: int) -> list[np.ndarray]:
         """See `suites.Suite`: the first photograph."""
         return [_read(self.albums[subject].files[0])]
+
+    def digests(self, subject: int) -> dict[str, str]:
+        """See `suites.Suite`: of all photographs, which scores compare with, and of its templates."""
+        return self._digests[subject]
+
+    @cached_property
+    def _digests(self) -> list[dict[str, str]]:
+        return [
+            {"references": digest(self.photographs(k)), "prompts": digest([np.array(album.templates)])}
+            for k, album in enumerate(self.albums)
+        ]
 
     def prompts(self, subject: int, name: str = TOKEN) -> list[str]:
         """See `suites.Suite`."""
@@ -77,6 +92,8 @@ class Photographs:
     def missing(self) -> list[str]:
         """See `suites.Suite`."""
         sentences = []
+        if self._absent:
+            sentences.append(f"Not there, and so not measured: {', '.join(self._absent)}")
         if "dino" not in self.scorers:
             sentences.append("DINO is left out: name its weights with --dino, such as facebook/dino-vits16")
         if absent := [

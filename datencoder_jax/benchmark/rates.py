@@ -19,7 +19,7 @@ from datencoder_jax.benchmark.entries import Row
 from datencoder_jax.benchmark.making import open_suite
 from datencoder_jax.benchmark.run import execute
 from datencoder_jax.benchmark.suites import PRODUCT, Setup, means
-from datencoder_jax.benchmark.units import Unit, make_units, of_row, read_made
+from datencoder_jax.benchmark.units import Unit, folder_of, make_units, of_row, read_made
 from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import LearningRates
@@ -74,21 +74,22 @@ class Climb:
             self.stride = self.stride // 2 if self.row.rates.offsets else 0
 
 
-def sweep(folder: Path, setup: Setup, rows: Sequence[Row], count: int, run: Callable[..., None] = execute) -> None:
+def sweep(folder: Path, setup: Setup, rows: Sequence[Row], count: int, run: Callable[..., None] = execute) -> list[str]:
     """Chooses the rates of rows on `count` development instances, and adds them to `FOLDER/rates.json`.
 
-    Rows without steps, with rates of their own, or chosen in that file before, are left alone; for a row that fails
-    wherever it is tried, nothing is chosen.
+    Rows without steps, with rates of their own, or chosen in that file before, are left alone, as are those that the
+    folder has units of, which were made at other rates; for a row that fails wherever it is tried, nothing is chosen.
 
     Args:
         run: does units; `run.execute` with the options of the command.
+
+    Returns:
+        The names of the rows whose units are there without their rates having been chosen.
     """
     chosen = read_rates(folder / RATES)["chosen"] if (folder / RATES).exists() else {}
-    climbs = [
-        Climb(row)
-        for row in rows
-        if row.steps and any(row.rates) and "rates" not in row.entry.options and row.name not in chosen
-    ]
+    open_rows = [row for row in _rated(rows) if row.name not in chosen]
+    climbs = [Climb(row) for row in open_rows if not folder_of(folder, row).exists()]
+    settled = [row.name for row in open_rows if folder_of(folder, row).exists()]
     setup = replace(setup, split="development", instances=count)
     while active := [climb for climb in climbs if not climb.done]:
         trials = [
@@ -104,6 +105,7 @@ def sweep(folder: Path, setup: Setup, rows: Sequence[Row], count: int, run: Call
             climb.move()
             if climb.done and climb.tried[climb.best][PRODUCT] > _FAILED:
                 _record(folder, climb)
+    return settled
 
 
 def read_rates(path: Path) -> dict[str, Any]:
@@ -127,10 +129,15 @@ def read_rates(path: Path) -> dict[str, Any]:
 def with_rates(rows: Sequence[Row], path: Path) -> tuple[list[Row], list[str]]:
     """The rows at the rates chosen in a file, and the names of those it says nothing of, which keep theirs."""
     chosen = read_rates(path)["chosen"]
-    told = [row for row in rows if row.steps and any(row.rates) and "rates" not in row.entry.options]
+    told = _rated(rows)
     missing = [row.name for row in told if row.name not in chosen]
     found = {row.name: LearningRates(*chosen[row.name]) for row in told if row.name in chosen}
     return [replace(row, rates=found.get(row.name, row.rates)) for row in rows], missing
+
+
+def _rated(rows: Sequence[Row]) -> list[Row]:
+    """Those that are tuned, at rates that nobody named."""
+    return [row for row in rows if row.steps and any(row.rates) and "rates" not in row.entry.options]
 
 
 def _trial(folder: Path, climb: Climb, place: Place, setup: Setup) -> list[Unit]:

@@ -1,5 +1,6 @@
 """What a suite of subjects and prompts is, and what a run of it is set to."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
@@ -136,6 +137,14 @@ class Suite(Protocol):
         """The pictures that methods see of a subject, uint8 `[H, W, 3]`."""
         ...
 
+    def digests(self, subject: int) -> dict[str, str]:
+        """Of what else decides a subject's pictures ("prompts") and scores ("references"), where its name does not.
+
+        Raises:
+            UserError: one of its pictures cannot be read.
+        """
+        ...
+
     def prompts(self, subject: int, name: str = TOKEN) -> list[str]:
         """What is drawn of a subject, called `name` in them; the same number for all."""
         ...
@@ -147,6 +156,14 @@ class Suite(Protocol):
     def references(self) -> list[Reference]:
         """The rows that no method made."""
         ...
+
+
+def digest(pictures: Iterable[np.ndarray]) -> str:
+    """A short name of the content of pictures, or of other arrays."""
+    found = hashlib.sha256()
+    for picture in pictures:
+        found.update(repr(picture.shape).encode() + picture.tobytes())
+    return found.hexdigest()[:16]
 
 
 def means(who: Sequence[int], cells: np.ndarray, subjects: int) -> np.ndarray:

@@ -84,6 +84,10 @@ class Toyworld:
         """See `suites.Suite`."""
         return list(self.bench.pictures[subject])
 
+    def digests(self, subject: int) -> dict[str, str]:
+        """See `suites.Suite`: none, since name, split and base model say all."""
+        return {}
+
     def prompts(self, subject: int, name: str = TOKEN) -> list[str]:
         """See `suites.Suite`."""
         return [prompt_for(context, name) for context in self.bench.contexts]

@@ -8,6 +8,7 @@ FOLDER/settings.json                                what the units were made wit
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from datencoder_jax.benchmark.entries import BASE, Row, parse_entries, slug
 from datencoder_jax.benchmark.making import Made, open_pipeline, open_suite
-from datencoder_jax.benchmark.suites import Setup
+from datencoder_jax.benchmark.suites import Setup, digest
 from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS
@@ -46,7 +47,7 @@ class Unit:
     @property
     def file(self) -> Path:
         """Where its result is."""
-        return self.folder / "units" / self.row.entry.slug / str(self.row.steps) / f"{self.name}-{self.seed}.npz"
+        return folder_of(self.folder, self.row) / f"{self.name}-{self.seed}.npz"
 
     @property
     def error_file(self) -> Path:
@@ -56,6 +57,8 @@ class Unit:
     @property
     def error(self) -> str | None:
         """Why it failed; None if it did not, or has not been tried."""
+        if self.file.exists():  # tried again, and killed before the sentence was gone
+            return None
         try:
             return self.error_file.read_text("utf-8").strip()
         except FileNotFoundError:
@@ -65,6 +68,11 @@ class Unit:
     def done(self) -> bool:
         """Whether it has been tried, with whatever outcome."""
         return self.file.exists() or self.error_file.exists()
+
+
+def folder_of(folder: Path, row: Row) -> Path:
+    """Where a run keeps a row's units; there is none before the first of them has been tried."""
+    return folder / "units" / row.entry.slug / str(row.steps)
 
 
 def make_units(folder: Path, rows: Sequence[Row], setup: Setup, seeds: int) -> list[Unit]:
@@ -107,7 +115,7 @@ def read_made(unit: Unit) -> Made:
         with open(unit.file, "rb") as stream, np.load(stream) as file:  # NumPy leaves a damaged one open
             seconds = {name.removeprefix("seconds_"): float(file[name]) for name in file if name.startswith("seconds_")}
             return Made(file["pictures"], seconds, int(file["bytes"]), int(file["trained"]))
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{unit.file} is damaged ({error}); delete it and run the same command again.") from error
 
 
@@ -129,8 +137,9 @@ def enter(folder: Path, setup: Setup, rows: Sequence[Row], seeds: int) -> tuple[
         before = old["settings"].pop("subjects", [])
         _check(path, old["settings"], {name: value for name, value in content.items() if name != "subjects"})
         _check_subjects(folder, before, content["subjects"])
-        for name in told.keys() & old["rows"].keys():
-            _check(path, old["rows"][name], told[name], f" of {name}")
+        for row in rows:
+            if row.name in old["rows"] and folder_of(folder, row).exists():
+                _check(path, old["rows"][row.name], told[row.name], f" of {row.name}")
         _check_encoders(path, old["rows"], told)
     elif (folder / "units").exists():
         raise UserError(f"{folder} holds units but no {SETTINGS}, so nobody knows what they are; choose another --out.")
@@ -144,9 +153,16 @@ def enter(folder: Path, setup: Setup, rows: Sequence[Row], seeds: int) -> tuple[
 def rows_of(told: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Rows as settings tell of them."""
     return [
-        Row(parse_entries([name.rpartition("@")[0]])[0], about["steps"], LearningRates(*about["rates"]))
+        Row(
+            parse_entries([name])[0], about["steps"], LearningRates(*about["rates"])
+        )  # with its steps: labels may hold @
         for name, about in told.items()
     ]
+
+
+def seeds_of(folder: Path) -> int:
+    """How many seeds a folder has been entered with; 0 for a new one."""
+    return read_settings(folder)["seeds"] if (folder / SETTINGS).exists() else 0
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -189,6 +205,8 @@ def _check_subjects(folder: Path, old: Sequence[Mapping[str, Any]], new: Sequenc
             raise UserError(f"{folder} was made when {now['name']} was a {before['class']}; choose another --out.")
         if before["given"] != now["given"]:
             raise UserError(f"{folder} was made with another picture of {now['name']}; choose another --out.")
+        if before.get("prompts", now.get("prompts")) != now.get("prompts"):
+            raise UserError(f"{folder} was made with other prompts of {now['name']}; choose another --out.")
 
 
 def _check_encoders(path: Path, old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> None:
@@ -213,23 +231,16 @@ def _content(setup: Setup) -> dict[str, Any]:
 
 
 def told_subjects(setup: Setup) -> list[dict[str, Any]]:
-    """The subjects: name, class, and a digest of the pictures that methods are given.
+    """The subjects: name, class, a digest of the pictures that methods are given, and the suite's own digests.
 
     Raises:
         UserError: one of these cannot be read.
     """
     suite = open_suite(setup)
     return [
-        {"name": subject.name, "class": subject.word, "given": _digest(suite.given(k))}
+        {"name": subject.name, "class": subject.word, "given": digest(suite.given(k)), **suite.digests(k)}
         for k, subject in enumerate(suite.subjects)
     ]
-
-
-def _digest(pictures: Iterable[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(repr(picture.shape).encode() + picture.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def shown_prompts(setup: Setup) -> list[str]:

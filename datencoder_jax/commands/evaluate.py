@@ -23,6 +23,10 @@ def run(args: Namespace) -> None:
     """Does what is not done yet, and writes metrics, pictures and the report from all that is."""
     setup = make_setup(args)
     args.out = check_writable(args.out)
+    if setup.suite not in (TOYWORLD, DREAMBENCH) and args.out.resolve() == Path(setup.suite).resolve():
+        raise UserError(
+            f"--out is the folder of the pictures, {setup.suite}; name another one for what is made of them."
+        )
 
     device = announce_device()
     from datencoder_jax.benchmark import rates
@@ -30,19 +34,20 @@ def run(args: Namespace) -> None:
     from datencoder_jax.benchmark.joining import check_joined, read_joined
     from datencoder_jax.benchmark.metrics import Metrics, make_about, make_frame
     from datencoder_jax.benchmark.run import execute
-    from datencoder_jax.benchmark.units import enter, make_units
+    from datencoder_jax.benchmark.units import enter, make_units, seeds_of
 
     rows = make_rows(parse_entries(args.methods), parse_steps(args.steps))
     jobs, others = _jobs(args.jobs), read_joined(args.join)
-    seeds = args.seeds or (2 if setup.suite == TOYWORLD else 1)
+    seeds = max(args.seeds or (2 if setup.suite == TOYWORLD else 1), seeds_of(args.out))
     command = shlex.join(["datencoder", *sys.argv[1:]])
     device += f", {jobs} jobs" if jobs > 1 else ""
-    if others:  # now, and not after hours; a folder that is gone on with may yet have more seeds
-        check_joined(make_frame(setup, make_about(setup, seeds, command, device, jobs=jobs)), others, free=["seeds"])
+    if others:  # now, and not after hours
+        check_joined(make_frame(setup, make_about(setup, seeds, command, device, jobs=jobs)), others)
     work = functools.partial(execute, jobs=jobs, retry_failed=args.retry_failed)
     if args.sweep and not args.report_only:
         enter(args.out, setup, [], seeds)  # what rates are chosen under is what the rows will be made with
-        rates.sweep(args.out, setup, rows, args.sweep, work)
+        if settled := rates.sweep(args.out, setup, rows, args.sweep, work):
+            say(f"no rates are chosen for {', '.join(settled)}, begun without: choose another --out for that")
     chosen = args.rates or (args.out / rates.RATES if (args.out / rates.RATES).exists() else None)
     if chosen is not None:
         rows, missing = rates.with_rates(rows, chosen)
@@ -73,10 +78,8 @@ def write_results(folder: Path, setup: Setup, metrics, units) -> list[str]:
 
         write_tree(folder, setup, units)
         written.append(NAME)
-    try:
-        from datencoder_jax.benchmark.report import write_report
-    except ImportError:
-        return written
+    from datencoder_jax.benchmark.report import write_report
+
     write_report(folder)
     return [*written, "report.md", "report.html"]
 
