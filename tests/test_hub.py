@@ -178,7 +178,8 @@ def test_download_of_a_vision_tower():
     files = ["README.md", "pytorch_model.bin", "vocab.json", "open_clip_pytorch_model.bin", "tf_model.h5"]
     assert hub.choose_vision_files([*files, *own, *other], "a/b") == own
     assert hub.choose_vision_files([*files, *other], "a/b") == other
-    refuses("only pickled weights", hub.choose_vision_files, files, "a/b")
+    said = refuses("only pickled weights", hub.choose_vision_files, files, "a/b")
+    assert """M.from_pretrained('a/b').save_pretrained('converted')\".""" in said
     refuses("holds no vision tower", hub.choose_vision_files, ["README.md"], "a/b")
 
 

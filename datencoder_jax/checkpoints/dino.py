@@ -18,7 +18,7 @@ import numpy as np
 from datencoder_jax.checkpoints.hub import resolve_vision
 from datencoder_jax.checkpoints.keys import Tensors
 from datencoder_jax.checkpoints.paths import expand_user
-from datencoder_jax.checkpoints.refusals import PICKLES
+from datencoder_jax.checkpoints.refusals import PICKLES, conversion_hint
 from datencoder_jax.checkpoints.single_file_configs import count
 from datencoder_jax.checkpoints.weights import describing, find_weights, opened, place, read_json
 from datencoder_jax.errors import UserError
@@ -91,9 +91,8 @@ def _refuse_pickles(path: Path) -> None:
     pickles = [file for file in inside if file.endswith(PICKLES)]
     if pickles and not any(".safetensors" in file for file in inside):
         raise UserError(
-            f"{path} holds only pickled weights ({pickles[0]}), which can run code when read; convert them once with: "
-            f"python -c \"from transformers import ViTModel as M; M.from_pretrained('{path}')"
-            ".save_pretrained('converted')\"."
+            f"{path} holds only pickled weights ({pickles[0]}), which can run code when read; "
+            f"{conversion_hint(str(path), 'transformers.ViTModel')}."
         )
 
 

@@ -175,7 +175,8 @@ def choose_vision_files(files: list[str], repo: str) -> list[str]:
         return list(OPEN_CLIP)
     if any(f.endswith(PICKLES) for f in files):
         raise UserError(
-            f"{repo} has only pickled weights, which can run code when read; name a repository that has safetensors."
+            f"{repo} has only pickled weights, which can run code when read; name a repository with safetensors, or "
+            f"{conversion_hint(repo, 'transformers.AutoModel')}."
         )
     raise UserError(f"{repo} holds no vision tower: it has neither config.json with weights nor {OPEN_CLIP[0]}.")
 

@@ -15,11 +15,17 @@ _FOREIGN = ("transformer", "prior", "text_encoder_3", "movq")
 _LORA = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".hada_w1_a", ".lokr_w1")
 
 
-def conversion_hint(source: str) -> str:
-    """How to turn the pickled pipeline `source` into safetensors, in one line."""
+def conversion_hint(source: str, kind: str = "diffusers.DiffusionPipeline") -> str:
+    """How to turn pickled weights into safetensors, in one line.
+
+    Args:
+        source: a repository or folder.
+        kind: the library and class that read it.
+    """
+    library, name = kind.split(".")
     return (
-        'convert them once with: python -c "from diffusers import DiffusionPipeline as P; '
-        f"P.from_pretrained('{source}').save_pretrained('converted')\""
+        f'convert them once with: python -c "from {library} import {name} as M; '
+        f"M.from_pretrained('{source}').save_pretrained('converted')\""
     )
 
 

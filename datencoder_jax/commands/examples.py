@@ -55,8 +55,8 @@ It writes, by the values of --to:
       --sweep 12 --jobs 2 --out out/table
   datencoder evaluate --suite toyworld --methods datencoder,datencoder:start=word,datencoder:offsets=off --out out/parts
   datencoder evaluate --suite dreambench --data dreambooth/dataset --methods lora@300 \\
-      --model stable-diffusion-v1-5/stable-diffusion-v1-5 --clip openai/clip-vit-base-patch32 \\
-      --dino facebook/dino-vits16 --out out/dreambench
+      --model stable-diffusion-v1-5/stable-diffusion-v1-5 --clip openai/clip-vit-large-patch14 \\
+      --dino dino_deitsmall16_pretrain.safetensors --out out/dreambench
   datencoder evaluate --suite toyworld --methods dreambooth@300 --join elsewhere/metrics.json --out out/table
 
 The same command again goes on where the last one stopped; with further methods or seeds it adds them.
