@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from cli_helpers import fails
@@ -154,6 +156,8 @@ def test_numbers_are_those_of_the_pictures(ran):
     assert [subject["name"] for subject in content["subjects"]] == ["creature 1100004", "robot 1100005"]
     assert {"predict", "tune", "draw"} == set(row["seconds"]) and row["bytes"] > 1000 and row["trained"] > 100
     assert row_of(content, "datencoder", 0)["trained"] == 0
+    [device] = row["devices"]
+    assert jax.default_backend() != "cpu" or re.fullmatch(r"\d+ cores? of a CPU", device)
     assert row_of(content, "the input picture itself")["values"]["prompt"] == pytest.approx([0, 0], abs=0.2)
 
 

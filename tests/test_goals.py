@@ -84,6 +84,13 @@ def test_seconds_of_another_run_are_compared_with_nobodys(content):
     assert found(content, "seconds of lora at 300") == [True]
 
 
+def test_seconds_of_another_device_are_compared_with_nobodys(content):
+    content["rows"][3]["devices"], content["rows"][6]["devices"] = ["1 core of a CPU"], ["2 cores of a CPU"]
+    assert found(content, "of lora at 300") == [True] and found(content, "seconds of lora at 300") == []
+    content["rows"][6]["devices"] = ["1 core of a CPU"]
+    assert found(content, "seconds of lora at 300") == [True]
+
+
 def test_kinds_held_out_are_told_apart(content):
     values = content["rows"][3]["values"]["identity"]
     content["rows"][3]["values"]["identity"] = values[:30] + [0.3] * 10

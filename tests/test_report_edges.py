@@ -58,6 +58,20 @@ def test_what_is_optional_may_be_missing(tmp_path, subjects):
     assert len(rest) == (subjects > 1)  # one subject has no interval
 
 
+def test_seconds_of_several_devices_are_told_apart(tmp_path):
+    rows = small(tmp_path)["rows"]
+    for one, devices in zip(rows, (["H200"], ["H200"], ["", "1 core of a CPU"]), strict=True):
+        one |= {"seconds": {"tune": 1.0}, "devices": devices}
+    small(tmp_path, rows=rows[:2])
+    write_report(tmp_path)
+    assert "compare within one device" not in (tmp_path / "report.md").read_text("utf-8")
+    small(tmp_path, rows=rows)
+    write_report(tmp_path)
+    said = (tmp_path / "report.md").read_text("utf-8")
+    assert "on H200: lora, 12 steps and lora, 300 steps" in said
+    assert "on an unknown device and 1 core of a CPU: para, 12 steps." in said
+
+
 def test_nothing_but_failures_is_a_report_too(tmp_path):
     content = small(tmp_path)
     for one in content["rows"]:

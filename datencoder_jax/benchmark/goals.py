@@ -8,9 +8,10 @@ With `I`, `P` and `IP` the mean identity, prompt score and product of a row, and
     start   g of datencoder@0 is at least 0.8 g of datencoder@12                                                (4)
     new     g of datencoder@12 on kinds of things held out is at least 0.8 of that on the others                (5)
 
-Only goals whose rows are there are told, (2) only where one run measured both rows. Differences are paired over the
-subjects that both rows have. With (5) comes the same share of methods that no encoder helps: what they fall short of 1
-by is how much harder the held-out kinds are for the base model, not what an encoder has not seen.
+Only goals whose rows are there are told, (2) only where one run measured both rows, on one device. Differences are
+paired over the subjects that both rows have. With (5) comes the same share of methods that no encoder helps: what
+they fall short of 1 by is how much harder the held-out kinds are for the base model, not what an encoder has not
+seen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,8 @@ def _equal(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
 
 def _fast(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
     spent, slow = _seconds(ours), _seconds(other)
-    if not spent or not slow or ours.get(JOINED) != other.get(JOINED):
+    same = all(ours.get(what) == other.get(what) for what in (JOINED, "devices"))
+    if not spent or not slow or not same:
         return None
     return _goal(
         f"{OURS} at {STEPS} steps: a twentieth of the seconds of {other['label']} at {MANY} steps",

@@ -4,6 +4,7 @@ Every draw is a function of the subject and the seed alone, so that all methods 
 """
 
 import functools
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,12 +37,14 @@ class Made:
         seconds: by stage (predict, tune, draw ...), compiling left out.
         bytes: of the concept's file; 0 without a concept.
         trained: how many numbers were.
+        device: what it was made on, with how many cores if that is a CPU; "" where nobody told.
     """
 
     pictures: np.ndarray
     seconds: Mapping[str, float]
     bytes: int = 0
     trained: int = 0
+    device: str = ""
 
 
 @functools.cache
@@ -93,13 +96,22 @@ def make(setup: Setup, row: Row, subject: int, seed: int) -> Made:
     drawing |= {"seed": unit_seed(who, seed), "quiet": True}
     if entry.method == BASE:
         drawn = api.generate(pipeline, suite.prompts(subject, who.word), **drawing)
-        return Made(drawn.images, {"draw": drawn.report["seconds"]["sample"]})
+        return Made(drawn.images, {"draw": drawn.report["seconds"]["sample"]}, device=_device())
     made = _personalize(setup, pipeline, row, suite.given(subject), who, drawing["seed"])
     drawing |= {"blend": entry.options.get("sampling_blend"), "gate": entry.options.get("gate")}
     drawn = api.generate(pipeline, suite.prompts(subject), concept=made.concept, **drawing)
     seconds = {name: value for name, value in made.report["seconds"].items() if name != "compile"}
     seconds["draw"] = drawn.report["seconds"]["sample"]
-    return Made(drawn.images, seconds, concept_size(made.concept), made.report["trained"] if row.steps else 0)
+    trained = made.report["trained"] if row.steps else 0
+    return Made(drawn.images, seconds, concept_size(made.concept), trained, _device())
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{cores} core{'' if cores == 1 else 's'} of a CPU"
 
 
 def _personalize(

@@ -126,6 +126,7 @@ class Metrics:
             "rates": None if base or not row.steps else [float(rate) for rate in row.rates],
             "made_with": self._made_with[row.name],
             "seconds": _seconds(made),
+            "devices": sorted({each.device for each in made}),
             "bytes": made[0].bytes if made and not base else None,
             "trained": made[0].trained if made and not base else None,
             **_numbers(values, by_prompt),

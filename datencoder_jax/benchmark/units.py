@@ -1,6 +1,6 @@
 """Units of work and their files: what is there need not be done again, which is all that going on takes.
 
-FOLDER/units/ENTRY/STEPS/SUBJECT-SEED.npz           pictures, seconds, bytes, trained: written whole or not at all
+FOLDER/units/ENTRY/STEPS/SUBJECT-SEED.npz           pictures, seconds, bytes, trained, device: whole or not at all
 FOLDER/units/ENTRY/STEPS/SUBJECT-SEED.error.txt     one sentence: it failed
 FOLDER/settings.json                                what the units were made with
 """
@@ -93,7 +93,7 @@ def write_made(unit: Unit, made: Made) -> None:
     """Writes a unit's result."""
     seconds = {f"seconds_{name}": np.float64(value) for name, value in made.seconds.items()}
     arrays: dict[str, Any] = {"pictures": made.pictures, "bytes": np.int64(made.bytes)}
-    arrays |= seconds | {"trained": np.int64(made.trained)}
+    arrays |= seconds | {"trained": np.int64(made.trained), "device": np.str_(made.device)}
     with atomic_write(unit.file) as temporary:
         np.savez_compressed(temporary, **arrays)
     unit.error_file.unlink(missing_ok=True)
@@ -114,7 +114,8 @@ def read_made(unit: Unit) -> Made:
     try:
         with open(unit.file, "rb") as stream, np.load(stream) as file:  # NumPy leaves a damaged one open
             seconds = {name.removeprefix("seconds_"): float(file[name]) for name in file if name.startswith("seconds_")}
-            return Made(file["pictures"], seconds, int(file["bytes"]), int(file["trained"]))
+            device = str(file["device"]) if "device" in file else ""
+            return Made(file["pictures"], seconds, int(file["bytes"]), int(file["trained"]), device)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{unit.file} is damaged ({error}); delete it and run the same command again.") from error
 

@@ -180,6 +180,14 @@ def _costs(results: Results) -> list[Block]:
     )
     if any(row.joined for row in results.rows):
         note += " Rows that another run measured have no seconds here."
+    timed: dict[str, list[str]] = {}
+    for row in results.rows:
+        if row.seconds:
+            where = _listed([device or "an unknown device" for device in row.devices or ("",)])
+            timed.setdefault(where, []).append(row.name)
+    if len(timed) > 1:
+        parts = (f"on {device}: {_listed(names)}" for device, names in timed.items())
+        note += f" They compare within one device alone; {'; '.join(parts)}."
     return [note, costs_table(results)]
 
 

@@ -71,6 +71,7 @@ class Row:
     Attributes:
         values: by score, one value per subject, NaN where it failed or there is none.
         seconds: by stage (predict, tune, draw), compiling left out; a stage that was not timed is missing.
+        devices: what its units were made on; "" for those that do not tell.
         failed: subject, seed and error of each unit that failed.
         unfinished: how many of its units have not been made yet.
         pictures: the sheet of its tiles, relative to the folder; None if it has none.
@@ -84,6 +85,7 @@ class Row:
     values: Mapping[str, np.ndarray]
     rates: Sequence[float] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
     bytes: int | None = None
     trained: int | None = None
     by_prompt: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -287,6 +289,7 @@ def _row(row: Mapping[str, Any], scores: Mapping[str, Score], subjects: int) -> 
         values=values,
         rates=row.get("rates"),
         seconds={stage: float(seconds[stage]) for stage in _STAGES if seconds.get(stage) is not None},
+        devices=tuple(row.get("devices") or ()),
         bytes=row.get("bytes"),
         trained=row.get("trained"),
         by_prompt={name: np.array(value, np.float64) for name, value in (row.get("by_prompt") or {}).items()},
