@@ -87,11 +87,12 @@ def _described(folder: Path, word: str, prompts: Sequence[str] | None) -> list[A
     if prompts is None and not (lists and about):
         raise UserError(
             f"{folder} is no copy of DreamBench: it has neither {_LIST} nor prompts.json and subjects.json; for other "
-            f"pictures, name their folder with --suite."
+            "pictures, name their folder with --suite."
         )
+    plain = tuple(prompts or ())
     names = list(about) or [path.name for path in sorted(folder.iterdir()) if path.is_dir() and pictures_in(path)]
     if not names:
-        return [Album(file.name, word, (file,), tuple(prompts or ())) for file in pictures_in(folder)]
+        return [Album(file.name, word, (file,), plain) for file in pictures_in(folder)]
     albums = []
     try:
         for name in names:
@@ -105,7 +106,7 @@ def _described(folder: Path, word: str, prompts: Sequence[str] | None) -> list[A
                     name,
                     own.get("class", word),
                     listed or pictures_in(place),
-                    tuple(lists[kind]) if lists else tuple(prompts or ()),
+                    tuple(lists[kind]) if lists else plain,
                 )
             )
     except (KeyError, TypeError, AttributeError) as error:

@@ -93,11 +93,9 @@ class Row:
 def slug(text: str) -> str:
     """A name for files, different for different texts."""
     plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text)
-    return (
-        plain
-        if plain == text and len(text) <= _LONGEST
-        else f"{plain[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    )
+    if plain == text and len(text) <= _LONGEST:
+        return plain
+    return f"{plain[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def parse_entries(texts: Sequence[str]) -> list[Entry]:

@@ -153,11 +153,9 @@ def enter(folder: Path, setup: Setup, rows: Sequence[Row], seeds: int) -> tuple[
 
 def rows_of(told: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Rows as settings tell of them."""
+    # Names are read with their steps, since labels too may hold an @.
     return [
-        Row(
-            parse_entries([name])[0], about["steps"], LearningRates(*about["rates"])
-        )  # with its steps: labels may hold @
-        for name, about in told.items()
+        Row(parse_entries([name])[0], about["steps"], LearningRates(*about["rates"])) for name, about in told.items()
     ]
 
 
