@@ -18,6 +18,7 @@ from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
 from datencoder_jax.checkpoints.lora_files import layer_shapes, merged, read_lora
 from datencoder_jax.checkpoints.lora_names import TEXT_ENCODER, TEXT_ENCODER_2
 from datencoder_jax.encoder.domain_encoder import DomainConfig
+from datencoder_jax.encoder.features import tapped_layers
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, choose, for_xl
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
@@ -92,7 +93,16 @@ def with_encoder(pipeline: Pipeline, folder: str | Path) -> Pipeline:
             f"{pipeline.name} has no vision tower (image_encoder), which a tuning-encoder looks through; name one with "
             "--vision, or leave the encoder out"
         )
-    found = read_encoder(Path(folder), pipeline.fingerprint)
+    found = read_encoder(Path(folder), pipeline.fingerprint, pipeline.vision_fingerprint)
+    tower = pipeline.base.eyes.config
+    if (found.config.vision_width, found.config.vision_taps) != (
+        tower.hidden_size,
+        len(tapped_layers(tower.num_hidden_layers)),
+    ):
+        raise UserError(
+            f"the encoder in {folder} looks through a vision tower of width {found.config.vision_width}, and this one "
+            f"has {tower.hidden_size} in {tower.num_hidden_layers} layers; name the tower it was trained with"
+        )
     shapes = attention_shapes(pipeline.base.unet)
     if isinstance(found.config, DomainConfig):
         if not {path: tuple(shape) for path, *shape in found.config.shared}.items() <= shapes.items():

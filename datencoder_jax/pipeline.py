@@ -12,6 +12,7 @@ import numpy as np
 from datencoder_jax.base import Base
 from datencoder_jax.checkpoints.folders import read_base
 from datencoder_jax.checkpoints.hub import DEFAULTS, resolve_vision
+from datencoder_jax.checkpoints.identity import Traits, part_fingerprint
 from datencoder_jax.checkpoints.parts import BaseParts
 from datencoder_jax.checkpoints.vision import read_vision
 from datencoder_jax.checkpoints.weights import describing
@@ -41,6 +42,7 @@ class Pipeline:
     Attributes:
         name: what the user called it.
         fingerprint: identifies its weights; concept files carry it.
+        vision_fingerprint: identifies the vision tower, without which it is ""; encoders carry both.
         base: the networks.
         tokenizer: prompts to ids.
         encoder: the tuning-encoder; None if there is none for this model.
@@ -55,6 +57,7 @@ class Pipeline:
     fingerprint: str
     base: Base
     tokenizer: PromptTokenizer
+    vision_fingerprint: str = ""
     encoder: Model | None = None
     domain: Model | None = None
     guidance: float = 7.5
@@ -129,7 +132,7 @@ def read_pipeline(path: Path, name: str, *, dtype: str = "float32", prediction_t
         known |= False if tower is None else np.asarray(tower.params[TOKEN_TABLE] != 0).any(axis=1)
     words = jnp.asarray(tokenizer.whole_words & known)
     base = replace(base, words=words, word_norm=mean_norm(base.table, words))
-    return Pipeline(name, parts.fingerprint, base, tokenizer, **defaults)
+    return Pipeline(name, parts.fingerprint, base, tokenizer, parts.vision_fingerprint, **defaults)
 
 
 def with_vision(pipeline: Pipeline, path: str | Path, *, dtype: str = "float32") -> Pipeline:
@@ -141,10 +144,11 @@ def with_vision(pipeline: Pipeline, path: str | Path, *, dtype: str = "float32")
     Raises:
         UserError: there is no such tower.
     """
-    vision, extractor = read_vision(resolve_vision(path), dtype=dtype)
+    traits: Traits = {}
+    vision, extractor = read_vision(resolve_vision(path), dtype=dtype, traits=traits)
     mean, std = _pixels(extractor)
     base = replace(pipeline.base, vision=vision.cast(dtype, computation_type(dtype)), pixel_mean=mean, pixel_std=std)
-    return replace(pipeline, base=base)
+    return replace(pipeline, base=base, vision_fingerprint=part_fingerprint(traits))
 
 
 def _pixels(extractor: dict[str, Any] | None) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     base = write_tiny_base(folder)
     pipeline = tiny_pipeline(base)
-    write_encoder(folder / "encoder", pipeline.encoder, pipeline.fingerprint)
+    write_encoder(folder / "encoder", pipeline.encoder, pipeline.fingerprint, pipeline.vision_fingerprint)
     return ["--model", str(base), "--encoder", str(folder / "encoder")]
 
 

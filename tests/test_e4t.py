@@ -293,9 +293,9 @@ def test_other_programs_are_not_given_it(plain, tmp_path):
 
 def test_an_encoder_is_taken_for_what_it_is(domain, pipeline, tmp_path):
     """Each method says in a sentence what is missing where the other's encoder is given."""
-    write_encoder(tmp_path / "e4t", domain.domain, domain.fingerprint, dtype="float32")
-    write_encoder(tmp_path / "tuning", pipeline.encoder, pipeline.fingerprint)
-    found = read_encoder(tmp_path / "e4t", domain.fingerprint)
+    write_encoder(tmp_path / "e4t", domain.domain, domain.fingerprint, domain.vision_fingerprint, dtype="float32")
+    write_encoder(tmp_path / "tuning", pipeline.encoder, pipeline.fingerprint, pipeline.vision_fingerprint)
+    found = read_encoder(tmp_path / "e4t", domain.fingerprint, domain.vision_fingerprint)
     assert found.kind is DomainEncoder and found.config == domain.domain.config
     same(found.params, domain.domain.params)
     bare = replace(domain, domain=None)

@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SIDE, UNET, VISION, pictures
+from tiny import SIDE, UNET, VISION, pictures, random_model
 
 from datencoder_jax import api
 from datencoder_jax.checkpoints.encoder_folder import read_encoder, write_encoder
+from datencoder_jax.checkpoints.folders import write_component
 from datencoder_jax.data.images import to_float
 from datencoder_jax.encoder.features import denoiser_features, extract, tapped_layers, vision_features
 from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.errors import UserError
+from datencoder_jax.loading import with_encoder
 from datencoder_jax.models.module import Model, abstract_params, init_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
-from datencoder_jax.pipeline import attention_shapes, projection_shapes
+from datencoder_jax.pipeline import attention_shapes, projection_shapes, with_vision
 from datencoder_jax.toyworld.dataset import render_batch
 from datencoder_jax.toyworld.world import Context
 from datencoder_jax.training.anchors import Anchors, read_anchors
@@ -212,14 +214,14 @@ def test_gradients_reach_every_parameter_after_one_step(untrained, features):
 
 
 def test_written_and_read_back(pipeline, tmp_path):
-    write_encoder(tmp_path / "e", pipeline.encoder, "abc", dtype="float32")
-    found = read_encoder(tmp_path / "e", "abc")
+    write_encoder(tmp_path / "e", pipeline.encoder, "abc", "eye", dtype="float32")
+    found = read_encoder(tmp_path / "e", "abc", "eye")
     assert found.config == pipeline.encoder.config and hash(found.config) == hash(pipeline.encoder.config)
     assert found.params.keys() == pipeline.encoder.params.keys()
     for name, value in pipeline.encoder.params.items():
         np.testing.assert_array_equal(found.params[name], value, err_msg=name)
-    write_encoder(tmp_path / "e", pipeline.encoder, "abc")  # replaces it, in half precision
-    half = read_encoder(tmp_path / "e", "abc")
+    write_encoder(tmp_path / "e", pipeline.encoder, "abc", "eye")  # replaces it, in half precision
+    half = read_encoder(tmp_path / "e", "abc", "eye")
     for name, value in pipeline.encoder.params.items():
         assert half.params[name].dtype == jnp.float32
         np.testing.assert_array_equal(half.params[name], value.astype(jnp.float16).astype(jnp.float32), err_msg=name)
@@ -228,12 +230,14 @@ def test_written_and_read_back(pipeline, tmp_path):
 def test_what_is_no_encoder_for_this_model_is_refused(pipeline, tmp_path):
     folder = tmp_path / "e"
     with pytest.raises(UserError, match="home folder"):
-        read_encoder("~nosuchuser/x", "abc")
+        read_encoder("~nosuchuser/x", "abc", "eye")
     with pytest.raises(UserError, match="no encoder folder"):
-        read_encoder(folder, "abc")
-    write_encoder(folder, pipeline.encoder, "abc")
+        read_encoder(folder, "abc", "eye")
+    write_encoder(folder, pipeline.encoder, "abc", "eye")
     with pytest.raises(UserError, match="another base model"):
-        read_encoder(folder, "abd")
+        read_encoder(folder, "abd", "eye")
+    with pytest.raises(UserError, match="another vision tower"):
+        read_encoder(folder, "abc", "eyes")
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"_class_name": "UNet2DConditionModel"}, "does not hold a tuning-encoder"),
@@ -248,17 +252,38 @@ def test_what_is_no_encoder_for_this_model_is_refused(pipeline, tmp_path):
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message) as info:
-            read_encoder(folder, "abc")
+            read_encoder(folder, "abc", "eye")
         assert "\n" not in str(info.value)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vision_width"}))
     with pytest.raises(UserError, match="vision_width"):
-        read_encoder(folder, "abc")
+        read_encoder(folder, "abc", "eye")
+
+
+def test_an_encoder_is_used_with_its_own_vision_tower(pipeline, tmp_path):
+    eyes, marks = pipeline.base.eyes, (pipeline.fingerprint, pipeline.vision_fingerprint)
+    changed = eyes.with_params({name: value + 0.01 for name, value in eyes.params.items()})
+    for name, tower, dtype in (("same", eyes, "float32"), ("half", eyes, "float16"), ("other", changed, "float32")):
+        write_component(tmp_path / name, tower, dtype=dtype)
+    write_encoder(tmp_path / "encoder", pipeline.encoder, *marks)
+    for name, dtype in (("same", "float32"), ("same", "bfloat16"), ("half", "float32")):
+        seeing = with_vision(pipeline, tmp_path / name, dtype=dtype)
+        assert with_encoder(seeing, tmp_path / "encoder").vision_fingerprint == pipeline.vision_fingerprint
+    with pytest.raises(UserError, match="another vision tower"):
+        with_encoder(with_vision(pipeline, tmp_path / "other"), tmp_path / "encoder")
+    # One that does not name its tower is told by its sizes, as far as they tell.
+    write_encoder(tmp_path / "old", pipeline.encoder, pipeline.fingerprint, "")
+    with_encoder(pipeline, tmp_path / "old")
+    for change in ({"vision_width": 24}, {"vision_taps": 1}):
+        config = replace(pipeline.encoder.config, **change)
+        write_encoder(tmp_path / "wide", random_model(TuningEncoder, config, 1), pipeline.fingerprint, "")
+        with pytest.raises(UserError, match="name the tower it was trained with"):
+            with_encoder(pipeline, tmp_path / "wide")
 
 
 def test_a_larger_value_than_half_precision_holds_is_refused(pipeline, tmp_path):
     params = pipeline.encoder.params | {"queries": pipeline.encoder.params["queries"] * 1e6}
     with pytest.raises(UserError, match="queries"):
-        write_encoder(tmp_path / "e", replace(pipeline.encoder, params=params), "abc")
+        write_encoder(tmp_path / "e", replace(pipeline.encoder, params=params), "abc", "eye")
     assert not (tmp_path / "e").exists()
 
 
@@ -350,8 +375,10 @@ def test_an_encoder_may_see_less(pipeline, features, sees):
 def test_an_encoder_without_a_hypernetwork_predicts_words_alone_and_tunes_both(pipeline, tmp_path):
     config = encoder_config(pipeline, rank=2, width=8, depth=1, heads=2, hypernetwork=False)
     encoder = Model(TuningEncoder, config, init_params(TuningEncoder, config, jax.random.key(0)))
-    write_encoder(tmp_path / "encoder", encoder, pipeline.fingerprint)
-    loaded = replace(pipeline, encoder=read_encoder(tmp_path / "encoder", pipeline.fingerprint))
+    write_encoder(tmp_path / "encoder", encoder, pipeline.fingerprint, pipeline.vision_fingerprint)
+    loaded = replace(
+        pipeline, encoder=read_encoder(tmp_path / "encoder", pipeline.fingerprint, pipeline.vision_fingerprint)
+    )
     options = {"config": TuningConfig(draws=2, views=2), "quiet": True}
     start = api.personalize(loaded, pictures(1), steps=0, **options).concept
     tuned = api.personalize(loaded, pictures(1), steps=1, **options).concept
@@ -362,8 +389,11 @@ def test_an_encoder_without_a_hypernetwork_predicts_words_alone_and_tunes_both(p
 
 def test_gains_are_of_a_concept_that_is_not_tuned(pipeline, tmp_path):
     gained = replace(pipeline.encoder, config=replace(pipeline.encoder.config, gains=(0.5, 2.0)))
-    write_encoder(tmp_path / "encoder", gained, pipeline.fingerprint)
-    assert read_encoder(tmp_path / "encoder", pipeline.fingerprint).config.gains == (0.5, 2.0)
+    write_encoder(tmp_path / "encoder", gained, pipeline.fingerprint, pipeline.vision_fingerprint)
+    assert read_encoder(tmp_path / "encoder", pipeline.fingerprint, pipeline.vision_fingerprint).config.gains == (
+        0.5,
+        2.0,
+    )
     both = (pipeline, replace(pipeline, encoder=gained))
     options = {"config": TuningConfig(draws=2, views=2), "quiet": True}
     plain, amplified = (api.personalize(each, pictures(1), steps=0, **options).concept for each in both)

@@ -332,6 +332,7 @@ def test_what_fits_is_no_failure(recipe, planned, monkeypatch, capsys):
         ([], "nothing to plan"),
         (["--config", "RECIPE", "--models", "1.5"], "leave --models out"),
         (["--config", "RECIPE", "--set", "batch_size=12"], "a batch of 12 cannot be shared by 8 devices"),
+        (["--config", "RECIPE", "--set", "accumulate=3"], "a batch of 32 cannot be taken in 3 parts by 8 devices"),
         (["--config", "RECIPE", "--set", "stage=unet"], "is no recipe of an encoder"),
         (["--config", "RECIPE", "--set", "model=nobody/nothing", "architecture=9"], "architecture is '9'"),
     ],

@@ -115,6 +115,9 @@ def test_records_of_another_resolution_or_network_are_refused(root):
     config = load_recipe(RECIPE, "smoke", [*sources, "resolution=32"])
     with pytest.raises(UserError, match="made with resolution 16 instead of 32"):
         _pictures(config, read_frozen(config))
+    config = load_recipe(RECIPE, "smoke", [*sources, "augment.crop=0.5"])
+    with pytest.raises(UserError, match=r"made with crop 1.0 instead of 0.5"):
+        _pictures(config, read_frozen(config))
     config = load_recipe(RECIPE, "smoke", sources)
     pipeline = read_frozen(config)
     vae = jax.tree.map(lambda x: x + 1, pipeline.base.vae)

@@ -158,7 +158,7 @@ def trained(pipeline, tmp_path_factory):
     """A work folder with checkpoints 2 and 4 of an encoder, whose averages are not its parameters."""
     work, config = tmp_path_factory.mktemp("trained"), settings(steps=4)
     encoder = pipeline.encoder
-    description = describe_encoder(encoder.config, pipeline.fingerprint)
+    description = describe_encoder(encoder.config, pipeline.fingerprint, pipeline.vision_fingerprint)
     (work / "encoder.json").write_text(json.dumps(description))
     state = loop.start(encoder.params, config)
     with Checkpoints(work, {"schema": 1}, 3) as checkpoints:
@@ -170,7 +170,7 @@ def trained(pipeline, tmp_path_factory):
 
 
 def holds_average(folder, pipeline, step):
-    encoder = read_encoder(folder, pipeline.fingerprint)
+    encoder = read_encoder(folder, pipeline.fingerprint, pipeline.vision_fingerprint)
     assert encoder.config == pipeline.encoder.config
     for name, value in pipeline.encoder.params.items():
         np.testing.assert_allclose(encoder.params[name], value + step, rtol=1e-3)

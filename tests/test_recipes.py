@@ -75,7 +75,11 @@ def test_what_they_made_is_a_model_with_its_encoder(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"base_fingerprint": "0" * 32}, "another base model"), ({"inventory": [["elsewhere", 16, 16]]}, "does not fill")],
+    [
+        ({"base_fingerprint": "0" * 32}, "another base model"),
+        ({"vision_fingerprint": "0" * 16}, "another vision tower"),
+        ({"inventory": [["elsewhere", 16, 16]]}, "does not fill"),
+    ],
 )
 def test_an_encoder_of_another_model_is_refused(trained, tmp_path, changes, message):
     shutil.copytree(trained / "out", tmp_path / "out")

@@ -31,7 +31,7 @@ def test_sizes_stay_small_enough_to_ship():
 
 
 def test_the_shipped_encoder_belongs_to_the_shipped_model(pipeline):
-    encoder = read_encoder(FOLDER.with_name("toyworld_encoder"), pipeline.fingerprint)
+    encoder = read_encoder(FOLDER.with_name("toyworld_encoder"), pipeline.fingerprint, pipeline.vision_fingerprint)
     assert encoder.config.embedding_dim == pipeline.base.table.shape[1]
 
 

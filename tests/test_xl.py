@@ -61,7 +61,8 @@ def sighted(folder, xl, tmp_path_factory):
     vision, encoder = write_tiny_vision(tmp_path_factory.mktemp("vision")), tmp_path_factory.mktemp("made") / "encoder"
     seeing = datencoder_jax.load(folder, vision=vision)
     config = encoder_config(seeing, rank=2, width=8, depth=1, heads=2)
-    write_encoder(encoder, random_model(TuningEncoder, config, 9), xl.fingerprint, dtype="float32")
+    marks = seeing.fingerprint, seeing.vision_fingerprint
+    write_encoder(encoder, random_model(TuningEncoder, config, 9), *marks, dtype="float32")
     return datencoder_jax.load(folder, vision=vision, encoder=encoder)
 
 

@@ -57,7 +57,8 @@ def losses(pipeline: Pipeline, groups: Mapping[str, Pairs], recipe: Any, folder:
 
 
 def _loss(pipeline: Pipeline, recipe: Any, folder: Path) -> Callable[[dict[str, np.ndarray], jax.Array], float]:
-    encoder, frozen = read_encoder(folder, pipeline.fingerprint), frozen_of(pipeline)
+    encoder = read_encoder(folder, pipeline.fingerprint, pipeline.vision_fingerprint)
+    frozen = frozen_of(pipeline)
     weights = Weights(**recipe.weights)
     task = TuningEncoderTask(encoder.config, frozen, None, None, batch_size=_BATCH, weights=weights, draws=_DRAWS)
     compiled = jax.jit(task.loss)

@@ -1,4 +1,4 @@
-"""An encoder on disk: `config.json` (its kind, its sizes, and the base model it belongs to) and `model.safetensors`.
+"""An encoder on disk: `config.json` (its kind, its sizes, and the models it belongs to) and `model.safetensors`.
 
 There are two kinds: tuning-encoders, and the encoders of one domain that E4T has (`encoder.domain_encoder`).
 """
@@ -32,10 +32,10 @@ _KINDS = {
 """By the class that a `config.json` names."""
 
 
-def describe_encoder(config: EncoderConfig, fingerprint: str) -> dict[str, Any]:
-    """What says of an encoder all but its weights: plain JSON values."""
+def describe_encoder(config: EncoderConfig, fingerprint: str, vision: str) -> dict[str, Any]:
+    """What says of an encoder all but its weights, as plain JSON values; arguments are those of `write_encoder`."""
     name = next(name for name, kind in _KINDS.items() if kind.config is type(config))
-    return {"_class_name": name, "base_fingerprint": fingerprint, **config.to_dict()}
+    return {"_class_name": name, "base_fingerprint": fingerprint, "vision_fingerprint": vision, **config.to_dict()}
 
 
 def described_encoder(path: Path, values: dict[str, Any]) -> tuple[type[TuningEncoder], EncoderConfig]:
@@ -51,33 +51,36 @@ def described_encoder(path: Path, values: dict[str, Any]) -> tuple[type[TuningEn
         return kind.module, kind.config.from_dict(values)
 
 
-def write_encoder(folder: str | Path, encoder: Model, fingerprint: str, *, dtype: str = "float16") -> None:
+def write_encoder(folder: str | Path, encoder: Model, fingerprint: str, vision: str, *, dtype: str = "float16") -> None:
     """Writes an encoder of either kind, whole or not at all.
 
     Args:
         folder: made anew; one that already holds a `config.json` is replaced.
         fingerprint: of the base model it was trained on.
+        vision: fingerprint of the vision tower it was trained with; "" if that is not known.
         dtype: the stored type.
 
     Raises:
         UserError: the folder cannot be written, or a value does not fit into `dtype`.
     """
     arrays = to_torch_layout(encoder.params, abstract_params(encoder.kind, encoder.config), dtype=dtype)
-    config = describe_encoder(encoder.config, fingerprint)
+    config = describe_encoder(encoder.config, fingerprint, vision)
     with atomic_write(folder, replaces="config.json") as temporary:
         temporary.mkdir()
         save_tensors(temporary / "model.safetensors", arrays, {"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def read_encoder(folder: str | Path, fingerprint: str) -> Model:
+def read_encoder(folder: str | Path, fingerprint: str, vision: str) -> Model:
     """The encoder in `folder`, float32; its `kind` says which it is, `TuningEncoder` or `DomainEncoder`.
 
     Args:
         fingerprint: of the base model it is to be used with.
+        vision: fingerprint of the vision tower it is to look through.
 
     Raises:
-        UserError: the folder is missing or damaged, holds something else, or an encoder of another base model.
+        UserError: the folder is missing or damaged, holds something else, or an encoder of another base model or of
+            another vision tower.
     """
     folder = expand_user(folder)
     if not folder.is_dir():
@@ -93,6 +96,11 @@ def read_encoder(folder: str | Path, fingerprint: str) -> Model:
         raise UserError(
             f"The {kind.name.partition(' ')[2]} in {folder} was trained on another base model; name one made for this "
             "model."
+        )
+    if values.get("vision_fingerprint", "") not in ("", vision):  # older encoders do not name their tower
+        raise UserError(
+            f"The {kind.name.partition(' ')[2]} in {folder} was trained with another vision tower; name its own with "
+            "--vision."
         )
     module, config = described_encoder(path, values)
     with describing(path, kind.name):

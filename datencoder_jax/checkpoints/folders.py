@@ -103,7 +103,7 @@ def _read_folder(folder: Path, dtype: str) -> BaseParts:
         for name, component in COMPONENTS.items()
         if name not in absent
     }
-    models, fingerprint = read_models(
+    models = read_models(
         configs,
         lambda name, abstract, traits: read_params(folder / name, abstract, dtype=dtype, traits=traits),
         str(folder),
@@ -116,7 +116,6 @@ def _read_folder(folder: Path, dtype: str) -> BaseParts:
         force_zeros_for_empty_prompt=has_two and bool(index.get(_ZEROS, True)),
         feature_extractor=read_json(extractor) if extractor.is_file() else None,
         defaults=read_json(folder / DEFAULTS) if (folder / DEFAULTS).is_file() else None,
-        fingerprint=fingerprint,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which base model a concept belongs to, told by the weights themselves rather than by a name or a path."""
+"""Which model concepts, encoders and records belong to, told by its weights rather than by a name or a path."""
 
 import hashlib
 from collections.abc import Mapping
@@ -35,6 +35,14 @@ def fingerprint(traits: Mapping[str, Traits]) -> str:
             if part == "unet" or name.endswith(_TABLE):
                 digest.update(f"{label}.{name} ".encode() + value)
     return digest.hexdigest()[:32]
+
+
+def part_fingerprint(traits: Traits) -> str:
+    """16 hexadecimal digits for a single network, such as a vision tower, from the traits of all its parameters."""
+    digest = hashlib.sha256()
+    for name, value in sorted(traits.items()):
+        digest.update(f"{name} ".encode() + value)
+    return digest.hexdigest()[:16]
 
 
 def base_fingerprint(unet: Mapping[str, np.ndarray], *texts: Mapping[str, np.ndarray]) -> str:

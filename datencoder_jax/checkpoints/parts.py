@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from datencoder_jax.checkpoints.components import COMPONENTS
-from datencoder_jax.checkpoints.identity import Traits, fingerprint
+from datencoder_jax.checkpoints.identity import Traits, fingerprint, part_fingerprint
 from datencoder_jax.errors import UserError
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.typing import Params
@@ -26,6 +26,7 @@ class BaseParts(NamedTuple):
         feature_extractor: the content of `preprocessor_config.json`, how pictures enter `image_encoder`.
         defaults: the content of `datencoder.json`: `guidance` (a scale) and `prompts` with the placeholder `S*`.
         fingerprint: what `identity.fingerprint` says of it; "" when the parts were not read from files.
+        vision_fingerprint: what `identity.part_fingerprint` says of `image_encoder`; "" without one.
     """
 
     unet: Model
@@ -40,14 +41,15 @@ class BaseParts(NamedTuple):
     feature_extractor: dict[str, Any] | None = None
     defaults: dict[str, Any] | None = None
     fingerprint: str = ""
+    vision_fingerprint: str = ""
 
 
 Reader = Callable[[str, Mapping[str, jax.ShapeDtypeStruct], Traits], Params]
 """Reads the parameters of a component from its name and their shapes, and fills in their traits."""
 
 
-def read_models(configs: Mapping[str, Any], read: Reader, origin: str) -> tuple[dict[str, Model], str]:
-    """The models of a base model, one after the other, and their fingerprint.
+def read_models(configs: Mapping[str, Any], read: Reader, origin: str) -> dict[str, Any]:
+    """The models of a base model, read one after the other, and their fingerprints: fields of `BaseParts`.
 
     Args:
         configs: of every component, by its name in `COMPONENTS`.
@@ -57,12 +59,14 @@ def read_models(configs: Mapping[str, Any], read: Reader, origin: str) -> tuple[
         UserError: the configurations do not fit together, or a component cannot be read.
     """
     _check(configs, origin)
-    models, traits = {}, {}
+    models: dict[str, Any] = {}
+    traits: dict[str, Traits] = {}
     for name, config in configs.items():
         kind = COMPONENTS[name].kind
         traits[name] = {}
         models[name] = Model(kind, config, read(name, abstract_params(kind, config), traits[name]))
-    return models, fingerprint(traits)
+    eyes = traits.get("image_encoder")
+    return {**models, "fingerprint": fingerprint(traits), "vision_fingerprint": part_fingerprint(eyes) if eyes else ""}
 
 
 def _check(configs: Mapping[str, Any], origin: str) -> None:

@@ -120,7 +120,7 @@ def read_single_file(path: str | Path, *, dtype: str = "float32", prediction_typ
         scheduler |= {"prediction_type": prediction_type} if prediction_type else {}
         with describing(path, "a Stable Diffusion model"):
             configs = configurations(parts, family, scheduler["prediction_type"])
-        models, fingerprint = read_models(
+        models = read_models(
             configs,
             lambda name, abstract, traits: place(
                 public(parts[name], abstract, str(path)), abstract, dtype=dtype, origin=str(path), traits=traits
@@ -137,7 +137,6 @@ def read_single_file(path: str | Path, *, dtype: str = "float32", prediction_typ
         feature_extractor=None,
         defaults=None,
         force_zeros_for_empty_prompt=len(tokenizers) == 2,
-        fingerprint=fingerprint,
     )
 
 

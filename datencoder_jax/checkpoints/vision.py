@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datencoder_jax.checkpoints.hub import OPEN_CLIP
+from datencoder_jax.checkpoints.identity import Traits
 from datencoder_jax.checkpoints.keys import Tensors, public
 from datencoder_jax.checkpoints.openclip import text_tower, vision_tower
 from datencoder_jax.checkpoints.paths import expand_user
@@ -59,11 +60,14 @@ class CLIPParts(NamedTuple):
     tokenizer: Path | None
 
 
-def read_vision(path: str | Path, *, dtype: str = "float32") -> tuple[Model, dict[str, Any] | None]:
+def read_vision(
+    path: str | Path, *, dtype: str = "float32", traits: Traits | None = None
+) -> tuple[Model, dict[str, Any] | None]:
     """A vision tower, its parameters stored as `dtype` on the default device, and how pictures enter it.
 
     Args:
         path: a folder, or its `.safetensors` file; the configuration is beside the file.
+        traits: takes the traits of every parameter, by which the tower is recognized.
 
     Returns:
         The `CLIPVisionModel`, and the content of `preprocessor_config.json` or what OpenCLIP's configuration says of
@@ -85,7 +89,7 @@ def read_vision(path: str | Path, *, dtype: str = "float32") -> tuple[Model, dic
             config, extractor = _config(folder / "config.json")
             tensors = _part(tensors, _TEXT, "")
         abstract = abstract_params(CLIPVisionModel, config)
-        params = place(public(tensors, abstract, origin), abstract, dtype=dtype, origin=origin)
+        params = place(public(tensors, abstract, origin), abstract, dtype=dtype, origin=origin, traits=traits)
     return Model(CLIPVisionModel, config, params), extractor
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datencoder_jax.checkpoints.atomic import atomic_write
-from datencoder_jax.checkpoints.identity import trait
+from datencoder_jax.checkpoints.identity import part_fingerprint, trait
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.weights import read_json
 from datencoder_jax.data.items import DamagedItem, Prepared
@@ -65,10 +65,7 @@ class Settings(NamedTuple):
 
 def weights_fingerprint(params: Mapping[str, Any]) -> str:
     """16 hexadecimal digits for the parameters of a network, by name; see `checkpoints.identity.trait`."""
-    digest = hashlib.sha256()
-    for name, value in sorted(params.items()):
-        digest.update(f"{name} ".encode() + trait(np.asarray(value)))
-    return digest.hexdigest()[:16]
+    return part_fingerprint({name: trait(np.asarray(value)) for name, value in params.items()})
 
 
 def write_records(

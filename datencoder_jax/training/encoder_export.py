@@ -38,10 +38,10 @@ def export_encoder(workdir: Path, folder: str | Path) -> int:
         raise UserError(f"{workdir} holds no checkpoint of an encoder; train one there first.")
     values = read_json(workdir / DESCRIPTION)
     kind, config = described_encoder(workdir / DESCRIPTION, values)
-    fingerprint = str(values["base_fingerprint"])
+    fingerprints = str(values["base_fingerprint"]), str(values.get("vision_fingerprint", ""))
     path = workdir.absolute() / "checkpoints" / str(step) / "state"
     params = _read_average(path, abstract_params(kind, config))
-    write_encoder(folder, Model(kind, config, jax.device_put(params)), fingerprint)
+    write_encoder(folder, Model(kind, config, jax.device_put(params)), *fingerprints)
     return step
 
 

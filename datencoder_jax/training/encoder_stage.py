@@ -144,7 +144,7 @@ def train_encoder(config, workdir: Path, **options) -> None:
         anchors=anchors,
         **parts.common,
     )
-    _fit(task, TuningEncoder, config, workdir, parts.pipeline.fingerprint, **options)
+    _fit(task, TuningEncoder, config, workdir, parts.pipeline, **options)
 
 
 def train_e4t(config, workdir: Path, **options) -> None:
@@ -167,7 +167,7 @@ def train_e4t(config, workdir: Path, **options) -> None:
         weights=E4TWeights(**config.weights),
         **parts.common,
     )
-    _fit(task, DomainEncoder, config, workdir, pipeline.fingerprint, **options)
+    _fit(task, DomainEncoder, config, workdir, pipeline, **options)
 
 
 class _Parts(NamedTuple):
@@ -183,11 +183,7 @@ class _Parts(NamedTuple):
 
 def _parts(config) -> _Parts:
     mesh = make_mesh(config.mesh)
-    if config.batch_size % (config.accumulate * mesh.size):
-        raise UserError(
-            f"a batch of {config.batch_size} cannot be taken in {config.accumulate} parts by {mesh.size} devices; "
-            "set batch_size or accumulate"
-        )
+    _check_batch(config, mesh)
     if config.get("draws", 1) < 1:
         raise UserError(f"draws is {config.draws}; a prediction is tried on 1 target or more")
     pipeline = read_frozen(config)
@@ -206,6 +202,14 @@ def _parts(config) -> _Parts:
     return _Parts(pipeline, frozen_of(pipeline), data, previews, mesh, common)
 
 
+def _check_batch(config, mesh: jax.sharding.Mesh) -> None:
+    if config.batch_size % (config.accumulate * mesh.size):
+        raise UserError(
+            f"a batch of {config.batch_size} cannot be taken in {config.accumulate} parts by {mesh.size} devices; "
+            "set batch_size or accumulate"
+        )
+
+
 def frozen_of(pipeline: Pipeline) -> Frozen:
     """What is not trained, and the prompts that tell nothing of a picture."""
     tokenizer = pipeline.tokenizer
@@ -213,22 +217,23 @@ def frozen_of(pipeline: Pipeline) -> Frozen:
     return Frozen(pipeline.base, jnp.asarray(tokenizer.encode([""])), jnp.asarray(prompts))
 
 
-def _fit(task, kind: type, config, workdir: Path, fingerprint: str, **options) -> None:
+def _fit(task, kind: type, config, workdir: Path, pipeline: Pipeline, **options) -> None:
     """Trains, and writes the averaged weights."""
-    initial = _grown(task, config, fingerprint) if config.initial else None
+    fingerprints = pipeline.fingerprint, pipeline.vision_fingerprint
+    initial = _grown(task, config, *fingerprints) if config.initial else None
     # In the work folder it notes what the checkpoints are of, so that they can be exported without the base model.
-    description = json.dumps(describe_encoder(task.config, fingerprint), indent=1) + "\n"
+    description = json.dumps(describe_encoder(task.config, *fingerprints), indent=1) + "\n"
     params = fit(task, config, workdir, initial=initial, notes={DESCRIPTION: description}, **options)
     if jax.process_index() == 0:
-        write_encoder(config.output or workdir / "encoder", Model(kind, task.config, params), fingerprint)
+        write_encoder(config.output or workdir / "encoder", Model(kind, task.config, params), *fingerprints)
 
 
-def _grown(task, config, fingerprint: str) -> Params:
+def _grown(task, config, fingerprint: str, vision: str) -> Params:
     """The weights of the encoder `config.initial`; what it lacks, and what `config.fresh` matches, starts afresh.
 
     Anchors are not weights: they are those of the recipe's words, whatever words the initial encoder has.
     """
-    found = read_encoder(config.initial, fingerprint).params
+    found = read_encoder(config.initial, fingerprint, vision).params
     params, fresh = task.init(jax.random.key(config.seed)), config.get("fresh", "")
     kept = {
         name: found[name]
@@ -269,7 +274,8 @@ def _pictures(config, pipeline: Pipeline) -> tuple[Data, Previews]:
     feed = picture_feed(config, base, batch_size=config.batch_size, seed=config.seed)
     for records in (source for source in feed.sources if isinstance(source, Records)):
         parts = {name: weights_fingerprint(part.params) for name, part in (("vae", base.vae), ("vision", base.eyes))}
-        records.check(resolution=config.resolution, **parts)
+        shown = {name: config.augment[name] for name in ("crop", "flip") if name in config.augment}
+        records.check(resolution=config.resolution, **shown, **parts)
     few = picture_feed(config, base, batch_size=config.previews, seed=config.seed + 1).batch(0)
     images = few["images"] if "images" in few else _decoded(base, few["moments"])
     ids = pipeline.tokenizer.encode([TEMPLATES[0].format(TOKEN)] * len(images), {TOKEN: 1})
@@ -291,7 +297,11 @@ def abstract_task(
     Args:
         base: a base model of `jax.ShapeDtypeStruct`s with a vision tower.
         mesh: of the devices it is compiled for.
+
+    Raises:
+        UserError: the batch cannot be shared evenly.
     """
+    _check_batch(config, mesh)
     sizes = abstract_config(base, **config.encoder)
     shape: Any = jax.ShapeDtypeStruct
     length = base.text.config.max_position_embeddings
