@@ -41,6 +41,19 @@ def is_passing(error: BaseException) -> bool:
     return error.__cause__ is not None and is_passing(error.__cause__)
 
 
+def raise_if_passing(error: BaseException, place: object) -> None:
+    """Raises a `PassingError` where storage is away for a while: what cannot be read then is not damaged.
+
+    Args:
+        place: what was being read.
+    """
+    if is_passing(error):
+        while not isinstance(error, OSError) and error.__cause__ is not None:
+            error = error.__cause__
+        said = (getattr(error, "strerror", None) or str(error)).lower().rstrip(".")
+        raise PassingError(f"{place} cannot be read now: {said}.") from error
+
+
 def exit_status(error: BaseException) -> int:
     """Of the command line: 130 when interrupted, 2 for a mistake in the input, 1 for all else."""
     if isinstance(error, KeyboardInterrupt):

@@ -5,7 +5,8 @@ import errno
 import pytest
 
 from datencoder_jax.checkpoints import atomic
-from datencoder_jax.errors import PassingError, UserError, exit_status, is_passing
+from datencoder_jax.data.items import DamagedItem
+from datencoder_jax.errors import PassingError, UserError, exit_status, is_passing, raise_if_passing
 
 
 def test_a_mistake_stays_and_what_may_pass_is_tried_again():
@@ -14,6 +15,14 @@ def test_a_mistake_stays_and_what_may_pass_is_tried_again():
     assert exit_status(RuntimeError("a mistake of ours")) == 1 and exit_status(KeyboardInterrupt()) == 130
     assert not is_passing(ValueError(f"[os_error_code='{errno.ENOENT}']"))
     assert is_passing(ValueError(f"Failed to open [os_error_code='{errno.EIO}']"))
+
+
+def test_storage_that_is_away_is_said_with_its_reason():
+    damaged = DamagedItem("7", "cannot be read")
+    damaged.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+    with pytest.raises(PassingError, match=r"^the shards cannot be read now: stale file handle\.$"):
+        raise_if_passing(damaged, "the shards")
+    raise_if_passing(OSError(errno.EACCES, "Permission denied"), "the shards")
 
 
 @pytest.mark.parametrize(("number", "status"), [(errno.EIO, 1), (errno.ETIMEDOUT, 1), (errno.ENOSPC, 2)])

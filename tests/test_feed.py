@@ -1,5 +1,6 @@
 """Batches: every row a pure function of its number, every item once a pass, every damaged one counted once."""
 
+import errno
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,11 @@ import pytest
 from checkpoint_helpers import refuses
 from data_helpers import CAPTION_REPORT, INDEX_REPORT, READ_REPORT, TINY, Colours, damaged_folder, numbers
 
-from datencoder_jax.data import throughput
+from datencoder_jax.data import items, throughput
 from datencoder_jax.data.feed import Feed
 from datencoder_jax.data.items import DamagedItem, Prepared
 from datencoder_jax.data.shards import Shards
+from datencoder_jax.errors import PassingError
 
 
 def concepts(feed, steps):
@@ -174,6 +176,49 @@ def test_more_than_half_damaged_is_an_error(count, damaged):
 
 def test_less_than_half_damaged_is_none():
     concepts(Feed([Colours(400, set(range(180)))], [1], **TINY), 60)
+
+
+class Away(Colours):
+    """Storage that fails when items are asked for at some times, counted from 0."""
+
+    def __init__(self, count, times):
+        super().__init__(count)
+        self.times, self.asked = times, 0
+
+    def __getitem__(self, index):
+        self.asked += 1
+        if self.asked - 1 in self.times:
+            raise DamagedItem(str(index), "cannot be read") from OSError(errno.EIO, "Input/output error")
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(items, "_WAITS", (0.0, 0.0))
+
+
+def test_what_storage_does_not_give_at_once_is_asked_for_again(impatient):
+    feed = Feed([Away(40, {0, 1, 9})], [1], **TINY)
+    same(feed.batch(0), Feed([Colours(40)], [1], **TINY).batch(0))
+    assert feed.report() == {}
+
+
+def test_what_storage_does_not_give_now_is_no_damage(impatient, caplog):
+    good, feed = Feed([Colours(40)], [1], **TINY), Feed([Away(40, {3, 4, 5})], [1], **TINY)
+    wanted, shown = (concepts(each, 5) for each in (good, feed))
+    assert [a == b for a, b in zip(shown, wanted, strict=True)] == [True] * 3 + [False] + [True] * 36
+    assert feed.report() == {"cannot be read": 1} and len(caplog.records) == 1
+    same(feed.batch(0), good.batch(0))  # it is there again
+
+
+def test_storage_that_is_away_is_no_mistake_in_the_data(impatient):
+    """Launchers start a run again after status 1, and leave it after status 2."""
+    for count in (3, 500):
+        feed = Feed([Away(count, range(30, 10_000))], [1], **TINY)
+        with pytest.raises(PassingError, match="colours cannot be read now: input/output error"):
+            concepts(feed, 60)
+    # Now and then is not away, however often.
+    assert len(concepts(Feed([Away(400, {n for n in range(10_000) if n % 10})], [1], **TINY), 10)) == 80
 
 
 def test_prepared_arrays_take_the_place_of_pictures():

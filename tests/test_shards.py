@@ -1,5 +1,6 @@
 """Tar shards: everything in them is found where it lies, whatever is wrong with them is counted."""
 
+import errno
 import os
 import tarfile
 import threading
@@ -15,6 +16,7 @@ from datencoder_jax.data import tar_index
 from datencoder_jax.data.items import DamagedItem
 from datencoder_jax.data.reading import decode
 from datencoder_jax.data.shards import Shards, main
+from datencoder_jax.errors import PassingError, exit_status
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +130,36 @@ def test_an_interrupted_index_goes_on(folder, monkeypatch):
     monkeypatch.setattr(tar_index, "scan", scan)
     scanned = count_scans(monkeypatch)
     assert len(Shards(folder)) == 9 and scanned == ["00001.tar", "00002.tar"]
+
+
+def test_storage_that_is_away_leaves_nothing_out_of_an_index(folder, monkeypatch):
+    members = tar_index._members
+
+    def away(path, report):
+        if path.name == "00001.tar":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return members(path, report)
+
+    monkeypatch.setattr(tar_index, "_members", away)
+    with pytest.raises(PassingError, match=r"00001.tar cannot be read now: stale file handle"):
+        Shards(folder)
+    monkeypatch.setattr(tar_index, "_members", members)
+    scanned = count_scans(monkeypatch)
+    assert len(Shards(folder)) == 9 and scanned == ["00001.tar", "00002.tar"]
+
+
+def test_a_shard_that_storage_does_not_tell_of_is_not_gone(folder, monkeypatch):
+    stat = os.stat
+
+    def away(path, *args, **options):
+        if str(path).endswith("00001.tar"):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(tar_index.os, "stat", away)
+    with pytest.raises(OSError, match="Stale") as info:
+        Shards(folder)
+    assert exit_status(info.value) == 1
 
 
 def special(name, kind, target=""):

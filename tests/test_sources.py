@@ -1,5 +1,6 @@
 """Folders of pictures, and the two views that are made of one."""
 
+import errno
 import os
 
 import numpy as np
@@ -8,11 +9,12 @@ from checkpoint_helpers import refuses
 from data_helpers import bomb, encoded
 from PIL import Image
 
-from datencoder_jax.data import views
+from datencoder_jax.data import folder, views
 from datencoder_jax.data.folder import Folder, printable
 from datencoder_jax.data.items import DamagedItem, Item
 from datencoder_jax.data.reading import decode
 from datencoder_jax.data.views import Crop, draw_crop, make_views
+from datencoder_jax.errors import PassingError
 
 WHOLE = Crop(1.0, 0.5, 0.5, False)
 
@@ -46,6 +48,20 @@ def test_the_pictures_of_a_folder_in_the_order_of_their_names(tmp_path):
     assert Folder(tmp_path).identity == source.identity
     (tmp_path / "c.jpg").write_bytes(encoded(1))
     assert Folder(tmp_path).identity != source.identity
+
+
+def test_a_folder_that_storage_does_not_list_now_is_not_left_out(tmp_path, monkeypatch):
+    fill(tmp_path, {"a.jpg": encoded(1), "deep/b.jpg": encoded(2)})
+    scandir = os.scandir
+
+    def away(path):
+        if str(path).endswith("deep"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return scandir(path)
+
+    monkeypatch.setattr(folder.os, "scandir", away)
+    with pytest.raises(PassingError, match="deep cannot be read now: stale file handle"):
+        Folder(tmp_path)
 
 
 def test_a_folder_with_everything_in_the_way(tmp_path):

@@ -1,5 +1,6 @@
 """Small TFDS data sets, written by TFDS itself in ArrayRecord format and read without TensorFlow."""
 
+import errno
 import io
 import logging
 import shutil
@@ -13,9 +14,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from datencoder_jax.data import tfds_boxes
 from datencoder_jax.data.items import DamagedItem
 from datencoder_jax.data.tfds_source import open_tfds
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import PassingError, UserError
 
 COUNT = 12
 HEIGHT, WIDTH = 100, 200
@@ -270,6 +272,17 @@ def test_a_damaged_record_is_a_damaged_item(data):
     assert all(source[index].picture for index in range(COUNT) if index != 1)
     objects = open_tfds("open_images_v4", data_dir=str(data), boxes="bobjects", min_side=1)
     assert objects.report["damaged examples"] == 1
+
+
+def test_storage_that_is_away_leaves_nothing_out_of_the_index(data, monkeypatch):
+    def away(*args, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    options = {"data_dir": str(data), "boxes": "bobjects", "min_side": 1}
+    with monkeypatch.context() as patch, pytest.raises(PassingError, match="cannot be read now: input/output error"):
+        patch.setattr(tfds_boxes.Image, "open", away)
+        open_tfds("open_images_v4", **options)
+    assert "damaged examples" not in open_tfds("open_images_v4", **options).report
 
 
 @pytest.mark.parametrize(

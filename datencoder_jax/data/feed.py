@@ -5,7 +5,8 @@ item it is: the sources take turns in proportion to their weights, and each goes
 before any comes again. All that is drawn for the row (crop, mirroring, template) comes from a generator seeded with
 (seed, n), so batches are the same however many processes share them, and wherever a run is taken up again.
 
-An item that cannot be used is replaced by others of its source, drawn from the row's own generator, until one can.
+An item that cannot be used is replaced by others of its source, drawn from the row's own generator, until one can. One
+that storage does not give for the moment is replaced in its row alone.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from typing import cast
 import numpy as np
 
 from datencoder_jax.data.folder import listed
-from datencoder_jax.data.items import DamagedItem, Prepared, Source
+from datencoder_jax.data.items import DamagedItem, Prepared, Source, read_item
 from datencoder_jax.data.views import Crop, draw_crop, make_views
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import UserError, is_passing, raise_if_passing
 
 _LOUD = 10
 """So many damaged items of a kind are logged as warnings, the others for those who ask for them (level INFO)."""
 _ENOUGH = 64
-"""After so many rows of a source the share of damaged items is trusted."""
+"""After so many rows of a source the share of damaged items is trusted, and after so many items that storage did not
+give, one after the other, it is taken to be away."""
 
 _log = logging.getLogger("datencoder_jax")
 
@@ -96,6 +98,7 @@ class Feed:
 
         Raises:
             UserError: more than one half of a source is damaged.
+            PassingError: storage is away for a while.
         """
         start, stop, _ = (rows or slice(None)).indices(self.batch_size)
         batch: dict[str, np.ndarray] = {}
@@ -118,7 +121,7 @@ class Feed:
         source, damage = self.sources[which], self._damage[which]
         for attempt in range(_ENOUGH):
             values = self._values(which, index, crop)
-            damage.check(planned=attempt == 0, damaged=values is None)
+            damage.check(planned=attempt == 0, damaged=damage.known(index))
             if values is not None:
                 break
             index = int(rng.integers(len(source)))
@@ -136,18 +139,21 @@ class Feed:
 
     def _values(self, which: int, index: int, crop: Crop) -> dict[str, np.ndarray] | None:
         """The arrays of an item, or None if it cannot be used."""
-        damage = self._damage[which]
+        damage, values = self._damage[which], dict[str, np.ndarray]()
         if damage.known(index):
             return None
         try:
-            item = self.sources[which][index]
+            item = read_item(self.sources[which], index)
             if isinstance(item, Prepared):
-                return dict(item.arrays)
-            views = make_views(item, crop, self._sizes, self._min_side)
+                values |= item.arrays
+            else:
+                views = make_views(item, crop, self._sizes, self._min_side)
+                values |= zip(("images", "vision"), views, strict=False)
         except DamagedItem as error:
             damage.add(index, error)
             return None
-        return dict(zip(("images", "vision"), views, strict=False))
+        damage.usable()
+        return values
 
     def report(self) -> dict[str, int]:
         """What was left out by the sources, and what was found damaged so far by this process, by reason."""
@@ -173,7 +179,7 @@ def _order(lengths: list[int], weights: Sequence[float], seed: int):
 
 
 class Damage:
-    """The damaged items of one source, each counted and logged once."""
+    """The damaged items of one source, each counted and logged once, and those that storage does not give for now."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -181,18 +187,29 @@ class Damage:
         self._items: set[int] = set()
         self._reasons: Counter[str] = Counter()
         self._rows = self._damaged_rows = 0
+        self._away = 0  # items one after the other that storage did not give
 
     def known(self, index: int) -> bool:
         return index in self._items
 
+    def usable(self) -> None:
+        self._away = 0
+
     def add(self, index: int, error: DamagedItem) -> None:
+        """Raises `PassingError` after many items one after the other that storage did not give."""
+        passing = is_passing(error)
         with self._lock:
             if index in self._items:  # by another thread
                 return
-            self._items.add(index)
+            if passing:  # it may be there the next time
+                self._away += 1
+            else:
+                self._items.add(index)
             self._reasons[error.reason] += 1
             level = logging.WARNING if self._reasons[error.reason] <= _LOUD else logging.INFO
         _log.log(level, "%s: %s is left out: %s.", self._source.name, error.key, error.reason)
+        if self._away >= _ENOUGH:
+            raise_if_passing(error, self._source.name)
 
     def check(self, *, planned: bool, damaged: bool) -> None:
         """Counts what a row was planned to show: each item of a pass once, so that the share is that of the source."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.data.items import DamagedItem, Item
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import UserError, raise_if_passing
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "avif", "bmp", "tif", "tiff"})
 """Endings of names that pictures have."""
@@ -117,6 +117,9 @@ def files_under(root: Path) -> Iterator[tuple[str, bool]]:
     """Names below a folder, relative to it and with `/`, and whether each is an ordinary file; in no order.
 
     Links are followed, though never in circles. Folders below that cannot be listed are reported as not files.
+
+    Raises:
+        PassingError: storage is away for a while.
     """
     pending, seen = [""], set()
     while pending:
@@ -127,7 +130,8 @@ def files_under(root: Path) -> Iterator[tuple[str, bool]]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
-        except OSError:
+        except OSError as error:
+            raise_if_passing(error, root / folder)
             yield folder, False
             continue
         for entry in entries:

@@ -7,9 +7,15 @@ for every one of them.
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from datencoder_jax.errors import is_passing
+
+_WAITS = (0.1, 1.0)
+"""Seconds before an item that storage did not give is asked for again."""
 
 
 class Item(NamedTuple):
@@ -60,8 +66,24 @@ class Source(Protocol):
         ...
 
 
+def read_item(source: Source, index: int) -> Item | Prepared:
+    """The item of a number, asked for again where storage is away for a moment.
+
+    Raises:
+        DamagedItem: as the source does.
+    """
+    for wait in _WAITS:
+        try:
+            return source[index]
+        except DamagedItem as error:
+            if not is_passing(error):
+                raise
+        time.sleep(wait)
+    return source[index]
+
+
 class DamagedItem(Exception):
-    """An item that cannot be used.
+    """An item that cannot be used; where it could not be read for now, `errors.is_passing` says so.
 
     Args:
         key: the item's key.

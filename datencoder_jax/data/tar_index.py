@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from datencoder_jax.checkpoints.atomic import atomic_write, save_tensors
 from datencoder_jax.data.folder import PICTURES, files_under
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import UserError, raise_if_passing
 
 BLOCK = tarfile.BLOCKSIZE
 """Every member of a tar starts at a multiple of this many bytes."""
@@ -70,6 +70,9 @@ def scan(path: Path) -> tuple[np.ndarray, dict[str, int]]:
     """The items of one tar in the order of their pictures, `[n]` of `ITEM`, and what was left out, by reason.
 
     Items before the place where a tar is cut short or damaged are found; of pictures with the same key, the first.
+
+    Raises:
+        PassingError: storage is away for a while.
     """
     report: Counter[str] = Counter()
     pictures: dict[str, tuple[int, int]] = {}
@@ -98,7 +101,8 @@ def scan(path: Path) -> tuple[np.ndarray, dict[str, int]]:
                 report["duplicate key"] += 1
             else:
                 pictures[key] = place
-    except OSError:
+    except OSError as error:
+        raise_if_passing(error, path)
         report["tar cannot be read"] += 1
     items = np.zeros(len(pictures), ITEM)
     for row, (key, picture) in enumerate(pictures.items()):
@@ -157,13 +161,14 @@ def build_index(root: Path, *, quiet: bool = False, processes: int = 1) -> TarIn
 
     Raises:
         UserError: there is no tar below `root`.
+        PassingError: storage is away for a while; what was indexed before is kept.
     """
     folder = root if root.is_dir() else root.parent
     known = _load(root)
     shards: dict[str, Shard] = {}
     rows: dict[str, np.ndarray] = {}
     for name in _tars(root):
-        with suppress(OSError):  # it has just gone
+        with suppress(FileNotFoundError):  # it has just gone
             status = os.stat(folder / name)
             stamp = (name, status.st_size, status.st_mtime_ns)
             if stamp in known:

@@ -24,7 +24,7 @@ from datencoder_jax.compilation import cache_folder
 from datencoder_jax.data.items import DamagedItem, Item
 from datencoder_jax.data.reading import FORMATS
 from datencoder_jax.data.tfds_source import Pictures, Reader, digest
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import UserError, raise_if_passing
 
 _VERSION = 1
 _THREADS = 8
@@ -111,7 +111,8 @@ def _build(pictures: Pictures, read: Reader, boxes: str, min_side: int, quiet: b
             example = pictures.example(index, read, "")
             with Image.open(io.BytesIO(example[pictures.image]), formats=FORMATS) as image:  # no more than its head
                 width, height = image.size
-        except (DamagedItem, OSError, ValueError, *_BOMBS):
+        except (DamagedItem, OSError, ValueError, *_BOMBS) as error:
+            raise_if_passing(error, pictures.name)
             return np.zeros((0, 4), np.uint16), Counter({"damaged examples": 1})
         return _select(example[boxes], height, width, min_side)
 

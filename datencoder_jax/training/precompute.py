@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from datencoder_jax.base import Base
 from datencoder_jax.data.feed import Damage
 from datencoder_jax.data.images import to_float
-from datencoder_jax.data.items import DamagedItem, Item, Prepared, Source
+from datencoder_jax.data.items import DamagedItem, Item, Prepared, Source, read_item
 from datencoder_jax.data.records import Layout, Settings, weights_fingerprint, write_records
 from datencoder_jax.data.views import draw_crop, make_views
 from datencoder_jax.encoder.features import vision_features
@@ -103,7 +103,7 @@ class Precomputer:
         """The views of a picture, each for both networks; none if it cannot be used."""
         augment, found = self.config.augment, []
         try:
-            item = self.source[index]
+            item = read_item(self.source, index)
             if isinstance(item, Prepared):
                 raise UserError(f"{self.source.name} holds records already; name a source of pictures.")
             for view in range(self.views):
@@ -113,6 +113,7 @@ class Precomputer:
         except DamagedItem as error:
             self.damage.add(index, error)
             return []
+        self.damage.usable()
         return found
 
 
