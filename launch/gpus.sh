@@ -16,7 +16,7 @@ options:
   --help        show this
 
 environment:
-  DATENCODER  how the program is started (default: datencoder), such as "docker run --gpus all ... datencoder"
+  DATENCODER  how the program is started (default: datencoder), such as "docker run --init --gpus all ... datencoder"
 
 example:
   launch/gpus.sh -- --config configs/sd15_laion.py --workdir runs/sd15

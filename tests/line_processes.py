@@ -1,8 +1,9 @@
 """`datencoder pretrain` as one of several processes, on the task of the loop's tests; to be interrupted and killed.
 
 What is done beside training stands in the environment, as JSON in `LINE`: `rows`, a folder that is told which rows were
-drawn; `process` and `log`, who does `act` at which log: "term", "kill" or "fail"; `pause` seconds at every log;
-`heartbeat` seconds after which a silent process is dead; `timeout` seconds that they wait for each other.
+drawn; `process` and `log`, who does `act` at which log: "term", "int", "kill" or "fail"; `pause` seconds at every log;
+`differs`, whether each reads data of its own, and `apart`, whether each has a work folder of its own; `heartbeat`
+seconds after which a silent process is dead; `timeout` seconds that they wait for each other.
 """
 
 import functools
@@ -39,9 +40,12 @@ def run_stage(config, workdir, accept_changes=False):
         if (PLAN.get("process"), PLAN.get("log")) == (here, count):
             if PLAN["act"] == "fail":
                 raise UserError("The data of this process is gone.")
-            os.kill(os.getpid(), {"term": signal.SIGTERM, "kill": signal.SIGKILL}[PLAN["act"]])
+            os.kill(os.getpid(), {"term": signal.SIGTERM, "int": signal.SIGINT, "kill": signal.SIGKILL}[PLAN["act"]])
 
-    fit(Line(on_batch=on_batch, on_log=on_log), config, workdir, accept_changes=accept_changes)
+    if PLAN.get("apart"):
+        workdir = workdir.with_name(f"work{here}")
+    identity = {"data": str(here)} if PLAN.get("differs") else None
+    fit(Line(on_batch=on_batch, on_log=on_log, identity=identity), config, workdir, accept_changes=accept_changes)
 
 
 if __name__ == "__main__":

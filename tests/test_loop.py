@@ -238,6 +238,16 @@ def test_metrics_and_previews(tmp_path):
     assert len(curves) == 1 and b"preview/a" in curves[0].read_bytes()
 
 
+def test_a_preview_that_fails_takes_nothing_from_the_run(tmp_path):
+    class Broken(Line):
+        def preview(self, params, path):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(tmp_path, Broken(), steps=4)
+    assert max(steps_kept(tmp_path)) == 4
+
+
 def test_without_tensorboard_there_are_no_curves(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     run(tmp_path, steps=1)

@@ -157,9 +157,10 @@ def test_two_processes_go_on_from_one(recipe, tmp_path, alone):
     agrees(recipe, work, alone)
 
 
-def test_one_process_goes_on_from_two(recipe, tmp_path, alone):
-    """SIGTERM to one of two stops both at the same step, with a checkpoint."""
-    plan = {"process": 1, "log": 3, "act": "term", "pause": 0.4}
+@pytest.mark.parametrize("act", ["term", "int"])
+def test_one_process_goes_on_from_two(recipe, tmp_path, alone, act):
+    """SIGTERM or Ctrl-C to one of two stops both at the same step, with a checkpoint."""
+    plan = {"process": 1, "log": 3, "act": act, "pause": 0.4}
     (status, out, err), (other, said, noise) = Pair(recipe, tmp_path, **plan).ends()
     assert (status, other) == (130, 130), err + noise
     (step,) = steps_kept(tmp_path / "work")
@@ -179,6 +180,23 @@ def test_a_process_whose_fellow_dies_ends_too(recipe, tmp_path):
     (other, _, noise), (status, _, err) = failing.ends()
     assert status == 2 and err == "error: The data of this process is gone.\n"
     assert other not in (0, None) and "another task died" in noise
+
+
+def test_processes_that_read_something_else_do_not_start(recipe, tmp_path):
+    for status, _, err in Pair(recipe, tmp_path, differs=True).ends():
+        assert status not in (0, None) and "Traceback" not in err
+    said = "".join((tmp_path / f"err{index}").read_text() for index in range(2))
+    assert "error: not all processes have the same base model or data; start them with" in said
+    assert not (tmp_path / "work").exists()
+
+
+def test_processes_that_do_not_share_the_work_folder_do_not_go_on(recipe, tmp_path):
+    train_alone(recipe, tmp_path / "work0", Line())
+    (tmp_path / "work1").mkdir()
+    for status, _, err in Pair(recipe, tmp_path, apart=True).ends():
+        assert status not in (0, None) and "Traceback" not in err
+    said = "".join((tmp_path / f"err{index}").read_text() for index in range(2))
+    assert "error: not all processes see the same checkpoints in" in said
 
 
 def test_a_process_that_does_not_come(recipe, tmp_path):

@@ -9,6 +9,7 @@ the whole, so any number of devices or processes can read them.
 """
 
 import errno
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -29,7 +31,9 @@ from datencoder_jax.checkpoints.atomic import CHECKPOINTS
 from datencoder_jax.errors import PassingError, UserError, is_passing
 
 SCHEMA = 1
-FREE = r"log_every|preview_every|checkpoint_(every|minutes)|keep|best\..*|mesh\..*|threads|max_bad_steps|output"
+FREE = (
+    r"log_every|preview_every|previews|checkpoint_(every|minutes)|keep|best\..*|mesh\..*|threads|max_bad_steps|output"
+)
 """Keys of a recipe that do not change what is computed: a run may go on under other values."""
 _WORDS = re.compile(
     r"no space left on device|disk quota exceeded|permission denied|read-only|input/output error|file too large", re.I
@@ -43,6 +47,27 @@ def describe(config: Any, identity: Mapping[str, str]) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     recipe = json.loads(json.dumps(config.to_dict(), default=str))
     return {"schema": SCHEMA, "config": recipe, "identity": dict(identity), "versions": versions}
+
+
+def check_alike(run: Mapping[str, Any]) -> None:
+    """Compares what `describe` says of the run on every process.
+
+    Raises:
+        UserError: one of them has another recipe, base model or data.
+    """
+    recipe = {key: value for key, value in _flat(run["config"]).items() if not re.fullmatch(FREE, key)}
+    for name, part in (("recipe", recipe), ("base model or data", run["identity"])):
+        digest = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest()
+        if not _alike(np.frombuffer(digest, np.uint32)):
+            raise UserError(f"not all processes have the same {name}; start them with the same options and files")
+
+
+def _alike(values: Any) -> bool:
+    """Whether all processes have the same numbers."""
+    if jax.process_count() == 1:
+        return True
+    rows = np.asarray(multihost_utils.process_allgather(np.asarray(values)))
+    return bool((rows == rows[:1]).all())
 
 
 @contextmanager
@@ -151,9 +176,17 @@ class Checkpoints:
 
         Raises:
             UserError: the run here had another recipe, base model or data; or no checkpoint can be read.
+            PassingError: a checkpoint is there, or can be read, for some processes alone; or not for now.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not _alike(np.int32(steps[0] if steps else -1)):
+            raise PassingError(
+                f"not all processes see the same checkpoints in {self.folder}; the work folder has to be on storage "
+                "that they share"
+            )
+        for step in steps:
+            state = None
             try:
                 run = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
                 self._check(run, step, accept_changes)
@@ -168,6 +201,9 @@ class Checkpoints:
                     said = " ".join(str(error).split())[:200]
                     raise PassingError(f"checkpoint {step} in {self.folder} cannot be read now: {said}") from error
                 damaged[step] = " ".join(str(error).split())[:200] or type(error).__name__
+            if not _alike(np.int32(step in damaged)):
+                raise PassingError(f"checkpoint {step} in {self.folder} can be read by some of the processes alone")
+            if step in damaged:
                 continue
             self._set_aside(damaged)
             return state, [

@@ -12,6 +12,7 @@ the recipe and `s`, so that rerunning into the same work folder goes on exactly 
 whatever the number of devices and processes.
 """
 
+import os
 import signal
 import sys
 import time
@@ -32,7 +33,7 @@ from datencoder_jax.checkpoints.atomic import write_all
 from datencoder_jax.compilation import compiler_options, enable_cache
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import mesh as on_mesh
-from datencoder_jax.training.checkpoints import Checkpoints, describe, on_disk
+from datencoder_jax.training.checkpoints import Checkpoints, check_alike, describe, on_disk
 from datencoder_jax.training.chips import find_chip
 from datencoder_jax.training.logbook import Logbook
 from datencoder_jax.training.optim import adamw
@@ -136,13 +137,14 @@ def fit(
         notes: further texts for the work folder, by file name.
 
     Raises:
-        UserError: the batch cannot be shared evenly, the run in the work folder is another one, the disk fails, or too
-            many steps in a row were not finite.
+        UserError: the batch cannot be shared evenly, processes differ in what they run, the run in the work folder is
+            another one, the disk fails, or too many steps in a row were not finite.
         SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     mesh = on_mesh.make_mesh(config.mesh)
     on_mesh.rows_here(task.batch_size, mesh)
     run = describe(config, getattr(task, "identity", {}))
+    check_alike(run)
     with on_disk(workdir), Checkpoints(workdir, run, config.keep, config.get("best")) as checkpoints:
         state, resumed = _state(task, config, initial, mesh, checkpoints, accept_changes)
         if jax.process_index() == 0:
@@ -189,14 +191,18 @@ def _train(
                 log.metrics(done, values | speed.since_last(done) | data)
                 if in_a_row >= config.max_bad_steps:
                     raise UserError(_not_finite(done, int(in_a_row), checkpoints))
-            shown, scores = last or (config.preview_every and done % config.preview_every == 0), None
+            shown = last or (config.preview_every and done % config.preview_every == 0)
+            late = logged and seconds and _agreed(time.monotonic() - saved_at > seconds)
+            chosen = config.checkpoint_every and done % config.checkpoint_every == 0
+            due, scored = last or stop or late or chosen, shown and checkpoints.seeks_best
+            if due and not scored:  # before the preview, which may fail
+                checkpoints.save(done, state)
             if shown:
                 scores = _preview(task, state, mesh, workdir, log)
                 speed.restart(done)
-            late = logged and seconds and _agreed(time.monotonic() - saved_at > seconds)
-            chosen = config.checkpoint_every and done % config.checkpoint_every == 0
-            if last or stop or late or chosen or (shown and checkpoints.seeks_best):
-                checkpoints.save(done, state, scores)
+                if scored:
+                    checkpoints.save(done, state, scores)
+            if due or scored:
                 saved_at = time.monotonic()
             if stop and not last:
                 checkpoints.wait()
@@ -290,7 +296,8 @@ class _Speed:
 class _Interrupt:
     """Turns SIGTERM and Ctrl-C into a request to checkpoint and stop after the current step.
 
-    With several processes JAX itself listens to SIGTERM, and sees to it that all of them stop at the same step.
+    With several processes JAX itself listens to SIGTERM, and sees to it that all of them stop at the same step. It
+    is told of Ctrl-C.
     """
 
     def __init__(self):
@@ -300,7 +307,7 @@ class _Interrupt:
         return self.heard if self.alone else multihost_utils.reached_preemption_sync_point(step)
 
     def __enter__(self) -> "_Interrupt":
-        numbers = (signal.SIGTERM, signal.SIGINT) if self.alone else ()
+        numbers = (signal.SIGTERM, signal.SIGINT) if self.alone else (signal.SIGINT,)
         self._before = {number: signal.signal(number, self._hear) for number in numbers}
         return self
 
@@ -310,3 +317,5 @@ class _Interrupt:
 
     def _hear(self, *_: object) -> None:
         self.heard = True
+        if not self.alone:
+            os.kill(os.getpid(), signal.SIGTERM)
