@@ -252,9 +252,13 @@ def personalize(
 
 
 def tuning_config(pipeline: Pipeline, method: Method, pictures: int, steps: int) -> TuningConfig:
-    """How a method tunes where nothing else is asked for: on so many pictures, with so many steps."""
+    """How a method tunes where nothing else is asked for: on so many pictures, with so many steps.
+
+    Every picture is seen as it is and in at least one crop, all in as many, and there are 16 views or more.
+    """
     memory, momentum = pipeline.memory, tuning.momentum_for(steps)
-    config = TuningConfig(draws=memory.draws, views=max(16, pictures), momentum=momentum, remat=memory.remat)
+    views = pictures * max(2, -(-16 // pictures))
+    config = TuningConfig(draws=memory.draws, views=views, momentum=momentum, remat=memory.remat)
     return config if method.norm_weight is None else replace(config, norm_weight=method.norm_weight)
 
 

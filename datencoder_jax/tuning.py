@@ -310,7 +310,7 @@ def run(
         UserError: a loss or, at the end, a variable is not finite; told as soon as a call has returned.
     """
     at_once = next(count for count in range(min(steps, _FUSED), 0, -1) if steps % count == 0)
-    losses = []
+    losses, problem = [], jax.device_put(problem)  # once, where the model is kept in the machine's memory
     for _ in tqdm(
         range(steps // at_once), desc="tuning", unit_scale=at_once, unit="step", disable=quiet or at_once == steps
     ):

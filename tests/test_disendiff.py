@@ -1,5 +1,6 @@
 """DisenDiff: the loss on attention maps in float64, the maps themselves, and several placeholders in one concept."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -137,6 +138,17 @@ def graded(tuned):
         return program(variables, problem, KEY, config=replace(CONFIG, remat=remat))
 
     return {weight: grade(weight) for weight in (0.0, 1.0, 3.0)} | {"again": grade(3.0, remat=True)}
+
+
+def test_blocks_are_computed_again_whether_their_maps_are_collected_or_not(tuned):
+    variables = tuning.Variables(jnp.asarray(tuned.concept.embeddings), dict(tuned.concept.offsets))
+
+    def again(weight):
+        problem = tuned.problem._replace(calibration=weight)
+        loss = functools.partial(tuning.tune_loss, config=replace(CONFIG, remat=True))
+        return str(jax.make_jaxpr(loss)(variables, problem, KEY)).count("prevent_cse=")
+
+    assert again(jnp.float32(1.0)) == again(None) > 0
 
 
 def test_the_loss_has_calibration_in_it(graded):

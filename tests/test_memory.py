@@ -39,7 +39,7 @@ def plain(folder):
 @pytest.fixture(scope="module")
 def small(folder, plain, tmp_path_factory):
     encoder = tmp_path_factory.mktemp("encoder") / "encoder"
-    write_encoder(encoder, plain.encoder, plain.fingerprint, dtype="float32")
+    write_encoder(encoder, plain.encoder, plain.fingerprint, plain.vision_fingerprint, dtype="float32")
     return datencoder_jax.load(folder, encoder=encoder, memory=8)
 
 
@@ -125,6 +125,18 @@ def test_rematerialised_tuning_is_the_same_in_less_memory(plain, small):
         for found, wanted in zip(again.concept.offsets[path], offset, strict=True):
             assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert less < 0.8 * room
+
+
+def test_many_calls_of_the_tuning_are_given_the_model_once(small, monkeypatch):
+    given = []
+
+    def watch(state, problem, **options):
+        given.append(problem.base.unet.params["conv_in.weight"])
+        return state, np.zeros(1)
+
+    monkeypatch.setattr(tuning, "tune", watch)
+    personalize(small, method="lora", word="robot", steps=29)  # a prime: a step a call
+    assert len(given) == 29 and all(isinstance(kernel, jax.Array) and kernel is given[0] for kernel in given)
 
 
 def test_settings_reach_the_tuning(small, monkeypatch):

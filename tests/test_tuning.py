@@ -127,7 +127,7 @@ def test_a_step_is_adams_with_the_momentum_asked_for(pipeline, predicted, moment
 def test_few_steps_have_less_momentum(pipeline, monkeypatch):
     assert [tuning.momentum_for(steps) for steps in (0, 1, 5, 10, 50, 300)] == [0.0, 0.0, 0.0, 0.5, 0.9, 0.9]
     assert api.tuning_config(pipeline, METHODS["perfusion"], 20, 10) == TuningConfig(
-        draws=pipeline.memory.draws, views=20, norm_weight=0.0, momentum=0.5, remat=pipeline.memory.remat
+        draws=pipeline.memory.draws, views=40, norm_weight=0.0, momentum=0.5, remat=pipeline.memory.remat
     )
     used = []
 
@@ -138,6 +138,12 @@ def test_few_steps_have_less_momentum(pipeline, monkeypatch):
     monkeypatch.setattr(tuning, "run", run)
     personalize(pipeline, config=None, steps=10)
     assert used == [0.5]
+
+
+@pytest.mark.parametrize(("count", "views"), [(1, 16), (3, 18), (4, 16), (9, 18), (16, 32), (20, 40)])
+def test_every_picture_is_cropped_and_all_are_seen_alike(pipeline, count, views):
+    config = api.tuning_config(pipeline, METHODS["datencoder"], count, 12)
+    assert config.views == views and views % count == 0
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

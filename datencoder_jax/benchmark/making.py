@@ -25,7 +25,7 @@ from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LowRank, Variables
 
 _WORDS = 3
-"""The stream of a seed's draws that a start at the class word is made from; `api` uses those before."""
+"""The stream of a seed's draws that a start at the class word is made from; nothing else of its unit is."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ and are otherwise apart (Infusion, arXiv 2404.14007). Keys may be of another con
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -257,13 +257,23 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project(width, width, **common)
 
-    def __call__(self, x: jax.Array, context: jax.Array, *, remat: bool = False, **paths) -> jax.Array:
-        """`x [batch, h, w, width]` -> the same shape; `remat` as for the UNet."""
+    def __call__(
+        self, x: jax.Array, context: jax.Array, *, remat: bool = False, maps: Maps | None = None, **paths
+    ) -> jax.Array:
+        """`x [batch, h, w, width]` -> the same shape; `remat` and `maps` as for the UNet."""
         h = self.proj_in(self.norm(x))
         h = h.reshape(h.shape[0], -1, h.shape[-1])
+        maps = {} if maps is None else maps
         for block in self.transformer_blocks:
-            apply = functools.partial(block, **paths)
-            # What a block collects has to come from the computation that is kept.
-            again = remat and block.attn2.path not in (paths.get("maps") or ())
-            h = (jax.checkpoint(apply) if again else apply)(h, context)
+            apply = functools.partial(_with_maps, block, tuple(maps.keys() & {block.attn2.path}), **paths)
+            h, own = (jax.checkpoint(apply) if remat else apply)(h, context)
+            maps.update(own)
         return self.proj_out(h.reshape(x.shape)) + x
+
+
+def _with_maps(
+    block: BasicTransformerBlock, names: Sequence[str], h: jax.Array, context: jax.Array, **paths
+) -> tuple[jax.Array, Maps]:
+    """What a block gives and the maps it collects: only what a function returns may leave a checkpoint."""
+    own: Maps = dict.fromkeys(names)
+    return block(h, context, maps=own, **paths), own

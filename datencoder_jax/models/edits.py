@@ -165,7 +165,7 @@ def as_low_rank(edits: Mapping[str, Edit], weights: Mapping[str, AnyArray]) -> d
         if isinstance(edit, Gated | Residual):
             raise UserError(
                 "this concept does not change weights but what they give where the concept stands, "
-                "which no LoRA file can hold; export its embedding"
+                "which no LoRA file can hold"
             )
         if isinstance(edit, Dense):
             left, values, right = np.linalg.svd(np.asarray(edit.weight, np.float64), full_matrices=False)
