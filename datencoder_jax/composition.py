@@ -54,7 +54,7 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
 
     Raises:
         UserError: two concepts share a placeholder, or have a reader, or weights are not finite numbers, one for each
-            concept.
+            concept, or one is given to a concept without offsets.
     """
     weights = [1.0] * len(concepts) if weights is None else list(weights)
     if len(weights) != len(concepts):
@@ -62,7 +62,11 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
     if not np.isfinite(weights).all():
         raise UserError(f"the weights of concepts must be finite numbers, not {weights}")
     placeholders, words = {}, {}
-    for concept in concepts:
+    for concept, weight in zip(concepts, weights, strict=True):
+        if weight != 1.0 and not concept.offsets:
+            raise UserError(
+                f"{concept.token!r} has no weight offsets that a weight of {weight:g} could apply to; leave it at 1"
+            )
         for token in concept.placeholders.keys() & placeholders.keys():
             raise UserError(
                 f"two concepts share the placeholder {token!r}; personalize one of them with another --token"

@@ -121,6 +121,13 @@ def test_blends(pair):
     assert compose([replace(first, offsets={})]).blend == 0.3
 
 
+def test_a_weight_that_would_do_nothing_is_refused(pair):
+    first, second = pair
+    compose([first, embedding(second, "T*")], [0.5, 1.0])
+    with pytest.raises(UserError, match=r"'T\*' has no weight offsets that a weight of 0.5"):
+        compose([first, embedding(second, "T*")], [1.0, 0.5])
+
+
 # --- pictures
 
 

@@ -27,7 +27,7 @@ from datencoder_jax.models.edits import ready
 from datencoder_jax.models.module import abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.pipeline import attention_shapes, projection_shapes, read_pipeline
-from datencoder_jax.typing import Dense, Gated, LowRank, Removed
+from datencoder_jax.typing import Dense, Gated, LowRank, Removed, Residual
 
 # Importing torch and its friends warns about Python's own future.
 pytestmark = [
@@ -146,6 +146,8 @@ def test_what_a_concept_can_be_exported_as(concept):
         assert possible_kinds(replace(concept, offsets=offsets)) == possible
     changed = replace(concept, offsets=gated)
     assert possible_kinds(changed) == ("embedding", "card") and portable(changed, {}) is changed
+    # The vectors beside residuals are the class word's.
+    assert possible_kinds(replace(concept, offsets={"a": Residual(np.ones((1, 8), np.float32))})) == ("card",)
     assert choose_kinds(None, KINDS, "it") == choose_kinds([], KINDS, "it") == KINDS
     assert choose_kinds(["card"], KINDS, "it") == ("card",)
     message = refuses("What it has learnt .* files for kohya can hold", choose_kinds, ["kohya", "card"], ["card"], "it")
@@ -157,6 +159,10 @@ def test_the_card_of_a_gated_concept_does_not_promise_all_of_it(tmp_path, concep
     export_concept(tmp_path, gated, TARGET, name="toy", kinds=["embedding", "card"])
     card = (tmp_path / "README.md").read_text()
     assert "hold its embedding alone" in card and "hold all of it" not in card
+    added = replace(concept, offsets={"a": Residual(np.ones((1, 8), np.float32))}, blend=1.0)
+    export_concept(tmp_path / "added", added, TARGET, name="toy", kinds=["card"])
+    card = (tmp_path / "added" / "README.md").read_text()
+    assert "which no file for other programs can hold" in card and "hold all of it" not in card
 
 
 def test_a_single_vector_is_found_as_it_is_written(base, concept, tmp_path):

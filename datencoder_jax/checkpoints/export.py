@@ -129,9 +129,10 @@ def choose_kinds(asked: Sequence[str] | None, possible: Sequence[str], what: str
 
 def possible_kinds(concept: Concept) -> tuple[str, ...]:
     """What other programs can have of a concept, of `KINDS`."""
-    if concept.reader is not None:
+    # Beside residuals the vectors are those of the class word, of which nothing was learnt.
+    if concept.reader is not None or any(isinstance(edit, Residual) for edit in concept.offsets.values()):
         return ("card",)
-    if any(isinstance(edit, Gated | Residual) for edit in concept.offsets.values()):
+    if any(isinstance(edit, Gated) for edit in concept.offsets.values()):
         return ("embedding", "card")
     return KINDS if concept.offsets else tuple(kind for kind in KINDS if kind != "kohya")
 

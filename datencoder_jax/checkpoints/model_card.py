@@ -152,7 +152,9 @@ def _nowhere_else(concept: Concept) -> str:
 def _paths(concept: Concept) -> str:
     if concept.reader is not None:
         return "Its embedding is predicted anew at every step of drawing, which no file for other programs can hold.\n"
-    if any(isinstance(edit, Gated | Residual) for edit in concept.offsets.values()):
+    if any(isinstance(edit, Residual) for edit in concept.offsets.values()):
+        return "It adds to the values of layers where the concept stands, which no file for other programs can hold.\n"
+    if any(isinstance(edit, Gated) for edit in concept.offsets.values()):
         return """It changes what layers give where the concept stands, which is no change of weights: files for other
 programs hold its embedding alone, and draw something less alike.
 """
