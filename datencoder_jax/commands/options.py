@@ -336,7 +336,7 @@ def _add_plan(commands: Any) -> None:
     add("--models", nargs="+", choices=_VERSIONS, help="without a recipe: Stable Diffusion to personalize, by version")
     add("--topology", metavar="SLICE", help="a TPU slice, such as v5e:16x16 (default: the devices of this machine)")
     add("--cpu-devices", type=integer(1), metavar="N", help="use the CPU, split into so many devices")
-    add("--programs", nargs="+", choices=_PROGRAMS, default=_PROGRAMS, help="of a recipe; several (default: all)")
+    add("--programs", nargs="+", choices=_PROGRAMS, help="of a recipe; several (default: all)")
     add("--methods", nargs="+", choices=_METHODS[:2], default=_METHODS[:1], help=f"several (default: {_METHODS[0]})")
     add("--memory", nargs="+", type=int, choices=(0, 8, 16, 24), help="settings as for personalize; 0 for none")
     add("--resolution", type=integer(64), default=512, metavar="PIXELS", help="without a recipe (default: %(default)s)")

@@ -29,6 +29,10 @@ def run(args: Namespace) -> None:
         raise UserError("nothing to plan: name a recipe with --config, or models to personalize with --models")
     if args.config is not None and args.models is not None:
         raise UserError("--config plans for the recipe's model; leave --models out")
+    if args.config is not None and (len(args.methods) > 1 or len(args.memory or ()) > 1):
+        raise UserError("with --config there is one method and one setting of --memory; several go with --models")
+    if args.config is None and (args.set or args.variant != "full" or args.programs):
+        raise UserError("--set, --variant and --programs are of a recipe; name it with --config, or leave them out")
     _prepare(args)
     import jax
 
@@ -76,9 +80,10 @@ def _recipe(args: Namespace, machine: "Machine") -> bool:
     config: Any = load_recipe(args.config, args.variant, args.set)
     base = _base(args.config, config)
     wanted: list[Program] = []
-    if "train" in args.programs:
+    asked = set(args.programs or ("train", *_COLUMNS))
+    if "train" in asked:
         wanted.append(programs.train(config, base, machine.devices))
-    if set(args.programs) - {"train"}:
+    if asked - {"train"}:
         if args.memory:
             setting = _setting(args.memory[0])
         elif args.topology is None:  # as it would be chosen here
@@ -88,7 +93,7 @@ def _recipe(args: Namespace, machine: "Machine") -> bool:
         setting = memory.for_xl(setting) if base.text_2 is not None and not args.memory else setting
         encoder = tuning_encoder(base, config.encoder) if args.methods[0] == "datencoder" else None
         one = programs.personalize(base, encoder, setting, config.resolution, machine.devices[0])
-        wanted += [program for program in one if program.name in args.programs]
+        wanted += [program for program in one if program.name in asked]
     results = [_measured(program, machine, measure) for program in wanted]
     step = next((result for result in results if result.program.name == "train"), None)
     turns = advice.knobs(config, step) if step and not step.fits else []
