@@ -234,6 +234,8 @@ def test_unknown_models(tmp_path, capsys, picture):
     out = ["--out", tmp_path / "out"]
     assert main(["generate", "--prompt", "a", "--model", "nowhere", *map(str, out)]) == 2
     assert capsys.readouterr().err == "error: There is no folder nowhere.\n"
+    useless = ["personalize", picture, "--method", "lora", "--encoder", "enc", *out]
+    fails(capsys, "lora starts from no encoder; leave --encoder out", *useless)
     assert "--encoder" in fails(capsys, "no tuning-encoder", "personalize", picture, "--model", "nowhere", *out)
     save_concept(tmp_path / "c.safetensors", concept(base="gone"))
     fails(

@@ -101,12 +101,13 @@ def test_a_failing_rerun_leaves_no_report_of_another_concept(tmp_path, picture, 
     def generate(*_, **__):
         raise UserError("There is a hole.")
 
-    argv = ["personalize", picture, "--out", str(tmp_path / "out")]
+    argv = ["personalize", picture, "--export", "kohya", "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     monkeypatch.setattr(api, "generate", generate)
     assert main([*argv, "--blend", "0.9"]) == 2
     assert load_concept(tmp_path / "out" / "concept.safetensors").blend == 0.9
     assert not (tmp_path / "out" / "report.json").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"concept.safetensors"}
 
 
 def test_a_rerun_removes_the_pictures_of_the_one_before(tmp_path, picture, calls):

@@ -103,6 +103,17 @@ def test_export(base, concepts, tmp_path, capsys):
     Image.fromarray(pictures(1)[0]).save(sheet)
     run("export", concepts[0], "--base", base, "--to", "kohya", "card", "--samples", sheet, "--out", tmp_path / "few")
     assert names(tmp_path / "few") == {"README.md", "samples.png", "my_concept.safetensors"}
+    assert "replaced" not in capsys.readouterr().out
+    run("export", concepts[0], "--base", base, "--name", "my-cat", "--out", out)
+    assert "(replaced README.md, concept.safetensors, " in capsys.readouterr().out
+    run("export", concepts[1], "--base", base, "--name", "my-cat", "--out", out)  # what was exported can be again
+    for made in ("report.json", "x.txt"):  # where a run has made its concept, there may be no other copy
+        there = tmp_path / made / "concept.safetensors"
+        there.parent.mkdir()
+        (there.parent / made).touch()
+        there.write_bytes(concepts[1].read_bytes())
+        fails(capsys, "is another concept and would be replaced", "export", concepts[0], "--out", there.parent)
+        run("export", there, "--base", base, "--out", there.parent)
     fails(capsys, "cannot name", "export", concepts[0], "--name", "a/b", "--out", tmp_path / "x")
     fails(capsys, "belongs to another base model", "export", concepts[0], "--base", "toyworld", "--out", tmp_path / "x")
     fails(capsys, "invalid choice", "export", concepts[0], "--to", "onnx", "--out", tmp_path / "x")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from datencoder_jax.checkpoints.export import Target, export_concept
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.pipeline import attention_shapes, read_pipeline
 from datencoder_jax.sampling import Request, sample_latents
-from datencoder_jax.typing import Variables
+from datencoder_jax.typing import Dense, Removed, Residual, Variables
 
 # Importing torch and its friends warns about Python's own future.
 pytestmark = [
@@ -104,6 +105,23 @@ def test_draws_the_same_along_both_paths(exported, theirs, guidance, negative, n
         assert np.abs(nhwc(theirs(PROMPTS, blend=blend, **options).images) - drawn).max() > 0.05
 
 
+def test_whole_matrices_and_what_is_taken_out_are_drawn_too(exported, theirs, tmp_path):
+    pipeline, _, _, _ = exported
+    rng, edits = np.random.default_rng(5), {}
+    for number, (path, (inputs, outputs)) in enumerate(attention_shapes(pipeline.base.unet).items()):
+        kind, shape = ((Dense, (inputs, outputs)), (Removed, (outputs, 2)))[number % 2]
+        edits[path] = kind(0.2 * rng.standard_normal(shape, dtype=np.float32))
+    concept = tiny_concept(pipeline, offsets=edits)
+    save_concept(tmp_path / "other", concept)
+    theirs.load_concept(tmp_path / "other")
+    noise = rng.standard_normal((len(PROMPTS), 8, 8, 4), dtype=np.float32)
+    options = {"num_inference_steps": STEPS, "latents": nchw(noise), "output_type": "latent", "guidance_scale": 2.0}
+    drawn = nhwc(theirs(PROMPTS, **options).images)
+    np.testing.assert_allclose(drawn, our_latents(pipeline, concept, noise, 2.0, None), rtol=0, atol=1e-4)
+    plain = our_latents(pipeline, replace(concept, offsets={}), noise, 2.0, None)
+    assert np.abs(drawn - plain).max() > 0.05
+
+
 def test_without_a_concept_it_is_the_plain_pipeline(exported, theirs):
     _, _, _, base = exported
     from diffusers import DiffusionPipeline
@@ -125,6 +143,9 @@ def test_refuses_what_does_not_belong(exported, theirs, tmp_path):
         ({"embeddings": np.ones((1, 7), np.float32)}, "token vectors of 7; this model's are of (12|20)"),
         ({"offsets": draw_offsets({"down_blocks.7.to_q": (8, 8)})}, "changes offsets.down_blocks.7.to_q.down"),
         ({"offsets": draw_offsets({first: (9, 8)})}, "differs in shape"),
+        ({"offsets": {first: Dense(np.ones((9, 8), np.float32))}}, "differs in shape"),
+        ({"offsets": {first: Removed(np.ones((9, 1), np.float32))}}, "differs in shape"),
+        ({"offsets": {first: Residual(np.ones((2, 8), np.float32))}}, f"changes offsets.{first}.residual"),
     ]:
         save_concept(tmp_path / "other", tiny_concept(pipeline, **changes))
         with pytest.raises(ValueError, match=match):

@@ -15,12 +15,19 @@ from checkpoint_helpers import equal, nothing_left, refuses
 from export_helpers import TARGET, draw_offsets, nchw, nhwc, tiny_concept
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny import write_tiny_base
 
 from datencoder_jax.checkpoints.concept_file import load_concept
 from datencoder_jax.checkpoints.embedding_files import read_embedding
-from datencoder_jax.checkpoints.export import KINDS, Target, choose_kinds, export_concept, portable, possible_kinds
+from datencoder_jax.checkpoints.export import (
+    KINDS,
+    Target,
+    check_replaceable,
+    choose_kinds,
+    export_concept,
+    possible_kinds,
+)
 from datencoder_jax.checkpoints.lora_files import read_lora
 from datencoder_jax.commands.export import run, thumbnail
 from datencoder_jax.models.edits import ready
@@ -91,21 +98,37 @@ def test_stock_diffusers_computes_what_we_do(ours, base, concept, out, file):
 
 
 @pytest.mark.parametrize("kind", [Dense, Removed])
-@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "toy.safetensors"])
-def test_stock_diffusers_computes_whole_and_removed_weights(ours, base, concept, tmp_path, kind, file):
-    """As low-rank factors: full rank of whole matrices, what is taken out of weights otherwise."""
+@pytest.mark.parametrize(
+    ("file", "ranks"), [("pytorch_lora_weights.safetensors", (2, 3, 4)), ("toy.safetensors", (2,))]
+)
+def test_stock_diffusers_computes_whole_and_removed_weights(
+    ours, base, concept, tmp_path, monkeypatch, kind, file, ranks
+):
+    """As low-rank factors, of the ranks of whole matrices and of what is taken out of weights.
+
+    Of kohya's files diffusers reads none in which ranks differ.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
 
     rng, params = np.random.default_rng(3), ours.base.unet.params
     edits = {}
-    for path, (inputs, outputs) in attention_shapes(ours.base.unet).items():
-        shape = (inputs, outputs) if kind is Dense else (outputs, 2)
-        edits[path] = kind(0.2 * rng.standard_normal(shape, dtype=np.float32))
-    changed = portable(replace(concept, offsets=edits, blend=1.0), params)
-    export_concept(tmp_path, changed, TARGET, name="toy")
-    ranks = {offset.down.shape[1] for offset in load_concept(tmp_path / "concept.safetensors").offsets.values()}
-    assert ranks == ({8} if kind is Dense else {2})
+    for number, (path, (inputs, outputs)) in enumerate(attention_shapes(ours.base.unet).items()):
+        rank = ranks[number % len(ranks)]
+        values = rng.integers(-3, 4, (outputs, rank)).astype(np.float32)
+        if kind is Dense:  # of exactly that rank
+            values = rng.integers(-3, 4, (inputs, rank)).astype(np.float32) @ values.T / 64
+        edits[path] = kind(values)
+    changed = replace(concept, offsets=edits, blend=1.0)
+    export_concept(tmp_path, changed, TARGET._replace(weights=params), name="toy")
+    for path, edit in load_concept(tmp_path / "concept.safetensors").offsets.items():  # the concept is as it was
+        assert type(edit) is kind
+        np.testing.assert_array_equal(edit[0], edits[path][0])
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {len(value) for key, value in tensors.items() if "lora_A" in key} == set(ranks)
+    # Versions that guess scales from the ranks of files without settings do not get to guess.
+    if file != "toy.safetensors":
+        monkeypatch.delattr("diffusers.utils.peft_utils.get_peft_kwargs")
     pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
     pipe.load_lora_weights(tmp_path, weight_name=file)
     z = rng.standard_normal((1, 8, 8, 4), dtype=np.float32)
@@ -145,7 +168,7 @@ def test_what_a_concept_can_be_exported_as(concept):
     for offsets, possible in ((concept.offsets, KINDS), ({}, ("diffusers", "embedding", "card"))):
         assert possible_kinds(replace(concept, offsets=offsets)) == possible
     changed = replace(concept, offsets=gated)
-    assert possible_kinds(changed) == ("embedding", "card") and portable(changed, {}) is changed
+    assert possible_kinds(changed) == ("embedding", "card")
     # The vectors beside residuals are the class word's.
     assert possible_kinds(replace(concept, offsets={"a": Residual(np.ones((1, 8), np.float32))})) == ("card",)
     assert choose_kinds(None, KINDS, "it") == choose_kinds([], KINDS, "it") == KINDS
@@ -254,7 +277,7 @@ def test_the_file_set(out, concept):
         "samples.png",
     }
     assert (out / "samples.png").read_bytes() == PNG
-    assert metadata(out / "pytorch_lora_weights.safetensors") == {"format": "pt"}
+    assert metadata(out / "pytorch_lora_weights.safetensors") == {"format": "pt", "made_by": "datencoder"}
     keys = load_file(out / "pytorch_lora_weights.safetensors").keys()
     assert all(re.match(r"^unet\.[\w.]+\.lora_[AB]\.weight$", key) for key in keys)
     equal(load_file(out / "learned_embeds.safetensors"), {"s*": concept.embeddings})
@@ -284,6 +307,7 @@ def test_metadata_is_complete(tmp_path, widths, prediction, architecture, versio
     assert found.pop("modelspec.description") and "my-toy_emb" in found.pop("modelspec.usage_hint")
     assert found == {
         "format": "pt",
+        "made_by": "datencoder",
         "ss_output_name": "my-toy",
         "ss_sd_model_name": "toyworld",
         "ss_base_model_version": version,
@@ -458,7 +482,7 @@ def test_all_or_nothing(tmp_path, concept):
 @pytest.mark.parametrize(("file", "kind"), [("README.md", "card"), ("pipeline.py", "diffusers")])
 def test_files_of_somebody_else_stay(tmp_path, concept, file, kind):
     (tmp_path / file).write_text("mine")
-    refuses(f"{file} was not made .* --out, or leave {kind} out", export_concept, tmp_path, concept, TARGET, name="toy")
+    refuses(f"{file} was not made .* choose another --out", export_concept, tmp_path, concept, TARGET, name="toy")
     assert [path.name for path in tmp_path.iterdir()] == [file] and (tmp_path / file).read_text() == "mine"
     export_concept(tmp_path, concept, TARGET, name="toy", kinds=[each for each in KINDS if each != kind])
     assert (tmp_path / file).read_text() == "mine"
@@ -466,6 +490,32 @@ def test_files_of_somebody_else_stay(tmp_path, concept, file, kind):
     for word in ("one", "two"):  # what is ours is replaced
         export_concept(tmp_path, replace(concept, nearest_word=word), TARGET, name="toy")
     assert kind == "diffusers" or '"two"' in (tmp_path / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("toy.safetensors", "kohya"),
+        ("toy_emb.safetensors", "embedding"),
+        ("learned_embeds.safetensors", "diffusers"),
+        ("pytorch_lora_weights.safetensors", "diffusers"),
+    ],
+)
+def test_weights_of_somebody_else_stay(tmp_path, concept, file, kind):
+    for content in ({"a": np.ones(2, "f4")}, None):
+        if content is None:
+            (tmp_path / file).write_bytes(b"cut")
+        else:
+            save_file(content, tmp_path / file, {"format": "pt"})
+        before = (tmp_path / file).read_bytes()
+        refuses(f"{file} was not made", export_concept, tmp_path, concept, TARGET, name="toy")
+        refuses(f"{file} was not made", check_replaceable, tmp_path, [kind], "toy")
+        assert [path.name for path in tmp_path.iterdir()] == [file] and (tmp_path / file).read_bytes() == before
+    if kind != "diffusers":
+        check_replaceable(tmp_path, KINDS, "other")
+    (tmp_path / file).unlink()
+    for word in ("one", "two"):  # what is ours is replaced
+        export_concept(tmp_path, replace(concept, nearest_word=word), TARGET, name="toy")
 
 
 def test_refuses_what_cannot_be_exported(tmp_path, concept):

@@ -119,6 +119,7 @@ def test_other_kinds_and_other_models(shapes, tmp_path):
         ('{"unet.lora_alpha": 2, "unet.alpha_pattern": {"(": 1}}', "give no alpha"),
         ('{"unet.lora_alpha": 2, "unet.use_dora": true}', "asks for use_dora"),
         ('{"unet.lora_alpha": 2, "unet.peft_type": "LOHA"}', "a LOHA adapter"),
+        ('{"unet.lora_alpha": 2, "unet.init_lora_weights": "pissa_niter_4"}', "took something from the base model"),
     ]:
         refused(match, peft, {"lora_adapter_metadata": settings})
 

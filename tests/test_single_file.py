@@ -264,6 +264,14 @@ def save(path, tensors):
     return path
 
 
+def test_what_training_left_beside_the_weights_is_passed_over(tmp_path):
+    for generation, start in (("1.x", "cond_stage_model"), ("XL", "conditioner.embedders.0")):
+        tensors, path = random_tensors(SMALL[generation]), tmp_path / "model.safetensors"
+        more = {f"{start}.logit_scale": np.zeros(1, "f4"), f"{start}.text_projection": np.zeros((8, 8), "f4")}
+        wanted = read_single_file(save(path, tensors)).fingerprint
+        assert read_single_file(save(path, tensors | more)).fingerprint == wanted
+
+
 def test_strict_both_ways(tmp_path):
     tensors, path = random_tensors(SMALL["1.x"]), tmp_path / "model.safetensors"
     lacking = {key: value for key, value in tensors.items() if "output_blocks.1.0.emb_layers" not in key}

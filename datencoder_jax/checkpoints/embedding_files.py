@@ -38,7 +38,7 @@ def diffusers_token(token: str, count: int) -> str:
 def each(concept: Concept, file: str) -> list[tuple[str, str, AnyArray]]:
     """File name, placeholder and vectors of each of a concept's placeholders: of several, their files are numbered."""
     found, start = [], 0
-    stem, dot, kind = file.partition(".")
+    stem, dot, kind = file.rpartition(".")
     for number, (token, count) in enumerate(concept.placeholders.items(), start=1):
         name = file if len(concept.placeholders) == 1 else f"{stem}_{number}{dot}{kind}"
         found.append((name, token, concept.embeddings[start : start + count]))

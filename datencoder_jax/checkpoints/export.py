@@ -11,20 +11,21 @@ card        README.md, samples.png                    model card
 import base64
 import datetime
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from datencoder_jax.checkpoints import embedding_files, lora_files
 from datencoder_jax.checkpoints.atomic import save_tensors, write_all
 from datencoder_jax.checkpoints.concept_file import save_concept
 from datencoder_jax.checkpoints.embedding_files import diffusers_token, embedding_tensors
-from datencoder_jax.checkpoints.lora_files import diffusers_tensors, kohya_tensors
+from datencoder_jax.checkpoints.lora_files import diffusers_metadata, diffusers_tensors, kohya_tensors
 from datencoder_jax.checkpoints.model_card import MARK, base_name, model_card
 from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.checkpoints.weights import open_tensors
 from datencoder_jax.errors import UserError
 from datencoder_jax.models.edits import as_low_rank
 from datencoder_jax.typing import AnyArray, Concept, Gated, LowRank, Residual
@@ -33,8 +34,9 @@ KINDS = ("diffusers", "kohya", "embedding", "card")
 
 _PIPELINE = Path(__file__).parent.parent / "assets" / "diffusers" / "pipeline.py"
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_CONCEPT = "concept.safetensors"
 _TAKEN = ("concept", "learned_embeds", "pytorch_lora_weights")
-_PT = {"format": "pt"}
+_PT = {"format": "pt", "made_by": "datencoder"}
 
 
 class Target(NamedTuple):
@@ -44,11 +46,13 @@ class Target(NamedTuple):
         widths: the width of each text encoder's token vectors.
         resolution: side of its pictures in pixels.
         prediction: "epsilon" or "v_prediction".
+        weights: the UNet's, by name; only those that a concept takes something out of are read.
     """
 
     widths: tuple[int, ...]
     resolution: int
     prediction: str = "epsilon"
+    weights: Mapping[str, AnyArray] = MappingProxyType({})
 
 
 class _Family(NamedTuple):
@@ -95,7 +99,6 @@ def export_concept(
         UserError: an unknown kind, a bad name, nothing to write, a file of somebody else would be replaced, or the
             folder cannot be written.
     """
-    check_replaceable(folder, kinds)
     writers = _writers(concept, target, name, set(kinds), thumbnail)
     if "card" in kinds:
         files = [*writers, *(["samples.png"] if sheet else [])]
@@ -103,6 +106,7 @@ def export_concept(
         writers["README.md"] = partial(_write_text, text=card)
         if sheet:
             writers["samples.png"] = partial(_write_bytes, content=sheet)
+    _check_ours(folder, writers)
     if not writers:
         raise UserError(f"{concept.token} has no weight offsets, so there is no LoRA to write; export its embedding.")
     write_all(folder, writers)
@@ -137,50 +141,66 @@ def possible_kinds(concept: Concept) -> tuple[str, ...]:
     return KINDS if concept.offsets else tuple(kind for kind in KINDS if kind != "kohya")
 
 
-def portable(concept: Concept, weights: Mapping[str, AnyArray]) -> Concept:
-    """The concept with low-rank offsets in place of others that change weights, exactly; for `export_concept`.
-
-    Args:
-        weights: the UNet's, by name.
-    """
-    if "diffusers" not in possible_kinds(concept):
-        return concept
-    return replace(concept, offsets=as_low_rank(concept.offsets, weights))
-
-
 def check_name(name: str) -> None:
     """Raises `UserError` for a name that the exported files cannot have."""
     if not _NAME.fullmatch(name) or name in _TAKEN:
         raise UserError(f"{name!r} cannot name the exported files; use letters, digits, - and _, such as my-cat.")
 
 
-def check_replaceable(folder: str | Path, kinds: Collection[str]) -> None:
-    """Raises `UserError` where exporting `kinds` into `folder` would replace a README.md or pipeline.py not of ours."""
-    folder = expand_user(folder)
-    card, code = folder / "README.md", folder / "pipeline.py"
-    if "card" in kinds and MARK not in _lines(card, [MARK]):
-        raise _not_ours(card, "card")
-    start = _lines(_PIPELINE)[0]
-    if "diffusers" in kinds and _lines(code, [start])[:1] != [start]:
-        raise _not_ours(code, "diffusers")
+def check_replaceable(folder: str | Path, kinds: Collection[str], name: str) -> None:
+    """Raises `UserError` where exporting `kinds` as `name` into `folder` would replace a file that is not of ours."""
+    files = {
+        "diffusers": ("pipeline.py", lora_files.DIFFUSERS_FILE, embedding_files.DIFFUSERS_FILE),
+        "kohya": (f"{name}.safetensors",),
+        "embedding": (f"{name}_emb.safetensors",),
+        "card": ("README.md",),
+    }
+    _check_ours(folder, [file for kind in kinds for file in files[kind]])
 
 
 def exported_files(folder: str | Path, names: Collection[str]) -> set[str]:
     """Those of `names` that `export_concept` may have written in `folder`, and that no run writes without it.
 
-    Others are left out: paths, names it gives to no file, and a README.md or pipeline.py of somebody else.
+    Others are left out: paths, names it gives to no file, and files of somebody else.
     """
-    fixed = {"README.md": "card", "pipeline.py": "diffusers"}
-    fixed |= dict.fromkeys((lora_files.DIFFUSERS_FILE, embedding_files.DIFFUSERS_FILE), "")
+    fixed = {"README.md", "pipeline.py", lora_files.DIFFUSERS_FILE, embedding_files.DIFFUSERS_FILE}
     found = set()
     for name in names:
         stem, _, kind = name.rpartition(".")
         if name not in fixed and not (kind == "safetensors" and _NAME.fullmatch(stem) and stem not in _TAKEN):
             continue
         with suppress(UserError):
-            check_replaceable(folder, {fixed.get(name, "")})
+            _check_ours(folder, [name])
             found.add(name)
     return found
+
+
+def _check_ours(folder: str | Path, names: Iterable[str]) -> None:
+    """Raises `UserError` if there is one of these exported files in `folder` that `export_concept` did not write."""
+    start = _lines(_PIPELINE)[0]
+    for path in (expand_user(folder) / name for name in names):
+        if path.name == "README.md":
+            ours = MARK in _lines(path, [MARK])
+        elif path.name == "pipeline.py":
+            ours = _lines(path, [start])[:1] == [start]
+        elif path.suffix == ".safetensors" and path.name != _CONCEPT and path.is_file():
+            ours = _PT.items() <= _metadata(path).items()
+        else:
+            continue
+        if not ours:
+            raise UserError(
+                f"{path} was not made by datencoder and would be replaced; choose another --out or --name, or other "
+                "kinds with --to (or --export)."
+            )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing where it is none."""
+    try:
+        with open_tensors(path) as file:
+            return file.metadata() or {}
+    except UserError:
+        return {}
 
 
 def _lines(path: Path, missing: Sequence[str] = ()) -> Sequence[str]:
@@ -189,13 +209,6 @@ def _lines(path: Path, missing: Sequence[str] = ()) -> Sequence[str]:
         return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else missing
     except OSError as error:
         raise UserError(f"Cannot read {path}: {(error.strerror or str(error)).lower()}.") from error
-
-
-def _not_ours(path: Path, kind: str) -> UserError:
-    return UserError(
-        f"{path} was not made by datencoder and would be replaced; choose another --out, or leave {kind} out of --to "
-        "(or --export)."
-    )
 
 
 _Writer = Callable[[Path], object]
@@ -215,35 +228,28 @@ def _writers(
             "datencoder generate instead"
         )
     writers: dict[str, _Writer] = {}
+    offsets = as_low_rank(concept.offsets, target.weights) if kinds & {"diffusers", "kohya"} else {}
 
     def tensors(file: str, arrays, metadata: dict[str, str]):
         writers[file] = partial(save_tensors, arrays=arrays, metadata=metadata)
 
     if "diffusers" in kinds:
-        writers["concept.safetensors"] = partial(save_concept, concept=concept)
-        if concept.offsets:
-            tensors(lora_files.DIFFUSERS_FILE, diffusers_tensors(_low_rank(concept)), _PT)
+        writers[_CONCEPT] = partial(save_concept, concept=concept)
+        if offsets:
+            tensors(lora_files.DIFFUSERS_FILE, diffusers_tensors(offsets), _PT | diffusers_metadata(offsets))
         for file, token, vectors in embedding_files.each(concept, embedding_files.DIFFUSERS_FILE):
             tensors(file, embedding_tensors(vectors, target.widths, diffusers_token(token, len(vectors))), _PT)
         writers["pipeline.py"] = partial(_write_text, text=_pipeline_code(target))
-    if "kohya" in kinds and concept.offsets:
-        metadata = _PT | _training_metadata(concept, target, name) | _model_spec(concept, target, name, "lora")
+    if "kohya" in kinds and offsets:
+        metadata = _PT | _training_metadata(concept, offsets, target, name) | _model_spec(concept, target, name, "lora")
         if thumbnail:
             metadata["modelspec.thumbnail"] = _data_uri(thumbnail)
-        tensors(f"{name}.safetensors", kohya_tensors(_low_rank(concept)), metadata)
+        tensors(f"{name}.safetensors", kohya_tensors(offsets), metadata)
     if "embedding" in kinds:
         for file, _, vectors in embedding_files.each(concept, f"{name}_emb.safetensors"):
             metadata = _PT | _model_spec(concept, target, name, "textual-inversion", file.removesuffix(".safetensors"))
             tensors(file, embedding_tensors(vectors, target.widths, embedding_files.PARAMS), metadata)
     return writers
-
-
-def _low_rank(concept: Concept) -> dict[str, LowRank]:
-    """The concept's offsets, all of which have to be low-rank (`models.edits.as_low_rank`)."""
-    offsets = {path: edit for path, edit in concept.offsets.items() if isinstance(edit, LowRank)}
-    if len(offsets) < len(concept.offsets):
-        raise ValueError("only low-rank offsets are written as a LoRA")
-    return offsets
 
 
 def _pipeline_code(target: Target) -> str:
@@ -252,9 +258,9 @@ def _pipeline_code(target: Target) -> str:
     return code if len(target.widths) == 1 else code.replace("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
-def _training_metadata(concept: Concept, target: Target, name: str) -> dict[str, str]:
+def _training_metadata(concept: Concept, offsets: Mapping[str, LowRank], target: Target, name: str) -> dict[str, str]:
     """kohya's own keys, by which A1111 and Forge tell what a LoRA is for."""
-    ranks = sorted({offset.down.shape[1] for offset in _low_rank(concept).values()})
+    ranks = sorted({offset.down.shape[1] for offset in offsets.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
     return {
         "ss_output_name": name,

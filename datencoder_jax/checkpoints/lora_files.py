@@ -20,6 +20,7 @@ what is written.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_METADATA = "lora_adapter_metadata"
 _PART = re.compile(r"(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(A|B|down|up)\.weight$|\.(alpha)$")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways that PEFT starts an adapter which take something from the base model's weights at once."""
 _ROLES = {"A": "down", "B": "up"}
 _OTHER_KINDS = {
     "DoRA": re.compile(r"dora_scale|lora_magnitude_vector"),
@@ -56,6 +60,21 @@ def diffusers_tensors(offsets: Mapping[str, LowRank]) -> dict[str, np.ndarray]:
         tensors[f"unet.{path}.lora_A.weight"] = _transposed(offset.down)
         tensors[f"unet.{path}.lora_B.weight"] = _transposed(offset.up)
     return tensors
+
+
+def diffusers_metadata(offsets: Mapping[str, LowRank]) -> dict[str, str]:
+    """Where offsets differ in rank, PEFT's settings with a scale of 1 for each; where not, all programs take it for 1.
+
+    Diffusers reads them from 0.34 on. Without them many of its versions take the rank of one layer for all scales.
+    """
+    ranks = {path: offset.down.shape[1] for path, offset in offsets.items()}
+    if len(set(ranks.values())) < 2:
+        return {}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: other for path, other in ranks.items() if other != rank}
+    settings = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
+    settings["target_modules"] = list(ranks)
+    return {_METADATA: json.dumps({f"unet.{key}": value for key, value in settings.items()})}
 
 
 def kohya_tensors(offsets: Mapping[str, LowRank]) -> dict[str, np.ndarray]:
@@ -177,10 +196,10 @@ def _peft_settings(path: Path, keys: Iterable[str], metadata: Mapping[str, str])
     if any(key.startswith(PEFT_PREFIX) for key in keys):
         origin = path.with_name(_PEFT_CONFIG)
         settings = dict.fromkeys(NETWORKS, read_json(origin))
-    elif "lora_adapter_metadata" in metadata:
+    elif _METADATA in metadata:
         origin, settings = path, {network: {} for network in NETWORKS}
         with describing(origin, "a LoRA"):
-            for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
+            for key, value in json.loads(metadata[_METADATA]).items():
                 network, _, option = key.partition(".")
                 settings.setdefault(network, {})[option] = value
     else:
@@ -189,6 +208,12 @@ def _peft_settings(path: Path, keys: Iterable[str], metadata: Mapping[str, str])
         for option in ("use_dora", "lora_bias"):
             if config.get(option):
                 raise UserError(f"{origin} asks for {option}, which cannot be applied; use a plain LoRA.")
+        start = str(config.get("init_lora_weights", True))
+        if start.lower().startswith(_CHANGES_BASE):
+            raise UserError(
+                f"{origin} is of an adapter that took something from the base model's weights when it was made "
+                f"(init_lora_weights={start}); have PEFT convert it to a plain LoRA first."
+            )
         if config.get("peft_type", "LORA") != "LORA":
             raise UserError(f"{origin} describes a {config['peft_type']} adapter; only LoRA can be applied.")
     return settings

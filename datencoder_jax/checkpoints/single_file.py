@@ -29,9 +29,10 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 _UNET, _VAE, _REFINER = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0.model."
 _KNOWN = re.compile(
     r"^(betas|logvar|lvlb_weights|posterior_\w+|\w*alphas_cumprod\w*|v_pred|ztsnr)$|^(model_ema|denoiser)\.|\.logit_scale$"
+    r"|^(cond_stage_model|conditioner\.embedders\.0)\.text_projection(\.weight)?$"
 )
 """What is known and no weight of a part: tables of the noise schedule, the averaged weights of training, CLIP's
-temperature, and the two marks of `_told`."""
+temperature, the two marks of `_told`, and the projection of CLIP's text tower where pictures are drawn without it."""
 
 _SCHEDULER = {
     "num_train_timesteps": 1000,

@@ -16,13 +16,13 @@ from datencoder_jax.checkpoints.export import (
     check_replaceable,
     choose_kinds,
     export_concept,
-    portable,
     possible_kinds,
 )
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.shared import load, load_base_of, read_concept, say
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.data.writing import check_writable
+from datencoder_jax.errors import UserError
 
 if TYPE_CHECKING:
     from datencoder_jax.pipeline import Pipeline
@@ -36,20 +36,27 @@ def run(args: Namespace) -> None:
     args.out = check_writable(args.out)
     concept = read_concept(args.concept)
     kinds = choose_kinds(args.to, possible_kinds(concept), f"the concept in {args.concept}")
-    check_replaceable(args.out, kinds)
+    check_replaceable(args.out, kinds, args.name)
+    if "diffusers" in kinds:
+        _check_concept(args.out, Path(expand_user(args.concept)))
     sheet = _sheet(args)
     small = _thumbnail(args) if sheet else None
     pipeline = load(args, args.base) if args.base else load_base_of(args, args.concept, concept, "--base")
-    concept = portable(read_concept(args.concept, pipeline), pipeline.base.unet.params)
+    concept, before = read_concept(args.concept, pipeline), {path.name for path in args.out.glob("*")}
     files = export_concept(
         args.out, concept, target_of(pipeline), name=args.name, kinds=kinds, sheet=sheet, thumbnail=small
     )
-    say(f"exported {', '.join(sorted(files))} to {args.out}")
+    replaced = sorted(before.intersection(files))
+    say(
+        f"exported {', '.join(sorted(files))} to {args.out}"
+        + (f" (replaced {', '.join(replaced)})" if replaced else "")
+    )
 
 
 def target_of(pipeline: Pipeline) -> Target:
     """What other programs need to know of the base model."""
-    return Target(pipeline.base.widths, pipeline.resolution, pipeline.base.schedule.prediction_type)
+    base = pipeline.base
+    return Target(base.widths, pipeline.resolution, base.schedule.prediction_type, base.unet.params)
 
 
 def thumbnail(picture: np.ndarray) -> bytes:
@@ -67,6 +74,15 @@ def png(picture: np.ndarray | Image.Image) -> bytes:
     with io.BytesIO() as file:
         image.save(file, "PNG")
         return file.getvalue()
+
+
+def _check_concept(out: Path, source: Path) -> None:
+    """Raises `UserError` where exporting would replace the only file of another concept: what a run has made."""
+    there = out / "concept.safetensors"
+    if not there.is_file() or there.samefile(source):
+        return
+    if (out / "report.json").exists() or not (out / "pipeline.py").exists():
+        raise UserError(f"{there} is another concept and would be replaced; choose another --out.")
 
 
 def _sheet(args: Namespace) -> bytes | None:

@@ -7,12 +7,13 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from datencoder_jax.checkpoints.atomic import no_empty_folder
-from datencoder_jax.checkpoints.export import check_name, check_replaceable, choose_kinds, export_concept, portable
+from datencoder_jax.checkpoints.export import check_name, check_replaceable, choose_kinds, export_concept
 from datencoder_jax.checkpoints.hub import TOYWORLD
 from datencoder_jax.commands.export import png, target_of, thumbnail
 from datencoder_jax.commands.shared import (
@@ -62,6 +63,8 @@ def run(args: Namespace) -> None:
             "e4t starts from an encoder of the picture's domain; name the folder of one with --encoder "
             "(datencoder pretrain --config configs/toyworld_e4t.py makes one)."
         )
+    if method.encoder is None and args.encoder is not None:
+        raise UserError(f"{args.method} starts from no encoder; leave --encoder out, or choose --method datencoder.")
     own = _own_options(args.options) if args.options else None
     method.with_options(args.method, own)  # what is wrong with these is told before anything is loaded
     check_unicode(args.word or "")
@@ -74,14 +77,12 @@ def run(args: Namespace) -> None:
         warnings.warn(ONLY_TOYS, stacklevel=1)
     args.out = check_writable(args.out)
     if kinds is not None:
-        check_replaceable(args.out, kinds)
+        check_replaceable(args.out, kinds, args.name)
 
     device = announce_device()
     from datencoder_jax import api
     from datencoder_jax.checkpoints.concept_file import save_concept
 
-    if method.encoder is None:
-        args.encoder = None  # it would not be asked
     pipeline = load(args, args.model)
     prompts = args.prompts or [prompt.replace("S*", " and a ".join(tokens)) for prompt in pipeline.prompts]
     options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution")
@@ -101,7 +102,11 @@ def run(args: Namespace) -> None:
     with no_empty_folder(args.out):
         # Written before the sampling, so that it is not lost should that fail.
         save_concept(args.out / "concept.safetensors", tuned.concept)
-    (args.out / "report.json").unlink(missing_ok=True)  # an earlier run's report tells of another concept
+    # An earlier run's report, exports and pictures tell of another concept.
+    for name in earlier | {"samples.png"}:
+        with suppress(OSError):
+            (args.out / name).unlink(missing_ok=True)
+    (args.out / "report.json").unlink(missing_ok=True)
     drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance")
     made = api.generate(pipeline, prompts, concept=tuned.concept, **drawing)
     report = {
@@ -117,12 +122,12 @@ def run(args: Namespace) -> None:
         "losses": tuned.report["losses"],
         "exported": [],
     } | common_report(args, pipeline, prompts, [tuned.report, made.report], device, started)
-    sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, earlier)
+    sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, set())
     if kinds is not None:
         card = "card" in kinds
         files = export_concept(
             args.out,
-            portable(tuned.concept, pipeline.base.unet.params),
+            tuned.concept,
             target_of(pipeline),
             name=args.name,
             kinds=kinds,

@@ -5,9 +5,9 @@
     pipe("a photo of a S* on the beach").images[0]
 
 The soft path reads the prompt with the concept's token vectors in the placeholder's place and has its weight offsets
-`dW = A B` on; the hard path reads the prompt with a common word in that place and is the base model as it is. Every
-attention layer, with weights `W`, input `h` and contexts `c` (soft) and `c'` (hard; both are `h` in self-attention),
-blends the two:
+`dW` on: `A B`, a whole matrix, or `-W Q Q^T` where orthonormal directions `Q` are taken out of `W`. The hard path reads
+the prompt with a common word in that place and is the base model as it is. Every attention layer, with weights `W`,
+input `h` and contexts `c` (soft) and `c'` (hard; both are `h` in self-attention), blends the two:
 
     soft = softmax(q k^T / sqrt(d)) v,    q = h (W_q + dW_q),  k = c (W_k + dW_k),  v = c (W_v + dW_v)
     hard = softmax(q' k'^T / sqrt(d)) v', q' = h W_q,          k' = c' W_k,         v' = c' W_v
@@ -71,15 +71,15 @@ class Concept(NamedTuple):
 
 
 class DualPathAttention(nn.Module):
-    """The attention processor of one layer; `offsets` are (down [in, rank], up [rank, out]) by projection."""
+    """The attention processor of one layer; `offsets` are the factors whose product is `dW`, by projection."""
 
     def __init__(self, offsets):
         super().__init__()
-        self.changed = tuple(offsets)
-        for name, (down, up) in offsets.items():
-            # Buffers follow the model to its device and type; they are no part of its weights.
-            self.register_buffer(f"{name.split('.')[0]}_down", down, persistent=False)
-            self.register_buffer(f"{name.split('.')[0]}_up", up, persistent=False)
+        self.changed = {name: len(factors) for name, factors in offsets.items()}
+        for name, factors in offsets.items():
+            for index, factor in enumerate(factors):
+                # Buffers follow the model to its device and type; they are no part of its weights.
+                self.register_buffer(f"{name.split('.')[0]}_{index}", factor, persistent=False)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, hard=None, blend=1.0):
         h = hidden_states
@@ -102,13 +102,23 @@ class DualPathAttention(nn.Module):
     def _offset(self, name, x):
         if name not in self.changed:
             return 0
-        down, up = (getattr(self, f"{name.split('.')[0]}_{part}").to(x.device, x.dtype) for part in ("down", "up"))
-        return (x @ down) @ up
+        for index in range(self.changed[name]):
+            x = x @ getattr(self, f"{name.split('.')[0]}_{index}").to(x.device, x.dtype)
+        return x
 
     @staticmethod
     def _attend(attn, q, k, v):
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _factors(parts, weight):
+    """The matrices whose product is the change of the weights `weight [in, out]`; of a wrong shape if `parts` are."""
+    if "directions" not in parts:
+        return [parts[name] for name in ("down", "up", "weight") if name in parts]
+    basis = torch.linalg.qr(parts["directions"].double())[0]
+    fits = len(basis) == weight.shape[1]
+    return [-weight.double().cpu() @ basis, basis.T] if fits else [basis.T]
 
 
 class DualPathPipeline(StableDiffusionPipeline):
@@ -141,15 +151,16 @@ class DualPathPipeline(StableDiffusionPipeline):
             owner, offsets = name.removesuffix(".processor"), {}
             layer = self.unet.get_submodule(owner)
             for projection in _PROJECTIONS:
-                keys = [f"offsets.{owner}.{projection}.{part}" for part in ("down", "up")]
-                if keys[0] not in tensors:
-                    continue
-                down, up = (tensors[key] for key in keys)
+                start = f"offsets.{owner}.{projection}."
+                parts = {key.removeprefix(start): tensors[key] for key in left if key.startswith(start)}
                 linear = layer.get_submodule(projection)
-                if (down.shape[0], up.shape[1]) != (linear.in_features, linear.out_features):
+                factors = _factors(parts, linear.weight.detach().T)
+                if not factors:
+                    continue
+                if (factors[0].shape[0], factors[-1].shape[1]) != (linear.in_features, linear.out_features):
                     raise ValueError(f"{path} was made for another base model: {owner}.{projection} differs in shape.")
-                offsets[projection] = (down.to(linear.weight), up.to(linear.weight))
-                left -= set(keys)
+                offsets[projection] = [factor.to(linear.weight) for factor in factors]
+                left -= {start + part for part in parts}
             processors[name] = DualPathAttention(offsets)
         if left:
             raise ValueError(f"{path} was made for another base model: it changes {min(left)}, which is not there.")
