@@ -9,6 +9,7 @@ the whole, so any number of devices or processes can read them.
 """
 
 import errno
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +17,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +134,13 @@ def _storage_reason(error: Exception, workdir: Path) -> str | None:
     return found[0].lower() if found and str(workdir.absolute()) in str(error) else None
 
 
+def _collect_quietly() -> None:
+    """Lets go of what a failed read leaves: coroutines that were never awaited, of which Python would warn later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gc.collect()
+
+
 class Checkpoints:
     """The checkpoints in a work folder.
 
@@ -204,6 +213,7 @@ class Checkpoints:
             if not _alike(np.int32(step in damaged)):
                 raise PassingError(f"checkpoint {step} in {self.folder} can be read by some of the processes alone")
             if step in damaged:
+                _collect_quietly()
                 continue
             self._set_aside(damaged)
             return state, [
