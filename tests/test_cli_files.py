@@ -110,6 +110,17 @@ def test_a_failing_rerun_leaves_no_report_of_another_concept(tmp_path, picture, 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"concept.safetensors"}
 
 
+def test_a_failing_rerun_on_its_own_input_picture_leaves_that(tmp_path, picture, calls, monkeypatch):
+    def generate(*_, **__):
+        raise UserError("There is a hole.")
+
+    out = tmp_path / "out"
+    assert main(["personalize", picture, "--out", str(out)]) == 0
+    monkeypatch.setattr(api, "generate", generate)
+    assert main(["personalize", str(out / "input.png"), "--out", str(out)]) == 2
+    assert {path.name for path in out.iterdir()} == {"concept.safetensors", "input.png"}
+
+
 def test_a_rerun_removes_the_pictures_of_the_one_before(tmp_path, picture, calls):
     out = tmp_path / "out"
     argv = ["personalize", picture, "--prompt", "a S*", "--out", str(out)]

@@ -217,6 +217,14 @@ def test_storage_that_is_away_is_no_mistake_in_the_data(impatient):
         feed = Feed([Away(count, range(30, 10_000))], [1], **TINY)
         with pytest.raises(PassingError, match="colours cannot be read now: input/output error"):
             concepts(feed, 60)
+    # Nor where what is known to be damaged lies between.
+    mixed = Away(40, range(10_000))
+    mixed.damaged = set(range(10))
+    feed = Feed([mixed], [1], **TINY)
+    for index in mixed.damaged:
+        feed._damage[0].add(index, DamagedItem(str(index), "odd"))
+    with pytest.raises(PassingError, match="colours cannot be read now"):
+        feed.row(0)
     # Now and then is not away, however often.
     assert len(concepts(Feed([Away(400, {n for n in range(10_000) if n % 10})], [1], **TINY), 10)) == 80
 

@@ -1,5 +1,6 @@
 """Features computed beforehand: what they hold, and that training on them is training on the pictures."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from PIL import Image
 from tiny import SIDE, pictures, write_tiny_base
 
 from datencoder_jax.cli import main
+from datencoder_jax.data import items
 from datencoder_jax.data.folder import Folder
 from datencoder_jax.data.images import to_float
+from datencoder_jax.data.items import DamagedItem
 from datencoder_jax.data.records import Records
 from datencoder_jax.encoder.features import vision_features
 from datencoder_jax.errors import UserError
@@ -77,6 +80,22 @@ def test_what_is_there_is_not_computed_again(root, monkeypatch, capsys):
     assert '{"kind": "records", "path": ' in capsys.readouterr().out
     assert run(root, "--views", "1", "--per-file", "2", "--batch-size", "1") == 2
     assert "made with views 2 instead of 1" in capsys.readouterr().err
+
+
+def test_storage_that_is_away_leaves_nothing_out(root, monkeypatch, capsys):
+    get = Folder.__getitem__
+
+    def away(self, index):
+        if index == 1:
+            raise DamagedItem("1", "cannot be read") from OSError(errno.EIO, "Input/output error")
+        return get(self, index)
+
+    monkeypatch.setattr(items, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(Folder, "__getitem__", away)
+    assert run(root, "--batch-size", "1", out="late") == 1
+    assert "cannot be read now: input/output error" in capsys.readouterr().err
+    monkeypatch.setattr(Folder, "__getitem__", get)
+    assert run(root, "--batch-size", "1", out="late") == 0 and len(Records(root / "late")) == 4
 
 
 def test_records_are_not_precomputed_from(root, capsys):

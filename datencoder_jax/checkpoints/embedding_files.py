@@ -35,12 +35,18 @@ def diffusers_token(token: str, count: int) -> str:
     return token if count == 1 else token.lower()
 
 
+def numbered(file: str, count: int) -> list[str]:
+    """The names of the files of `count` placeholders."""
+    stem, dot, kind = file.rpartition(".")
+    return [file] if count == 1 else [f"{stem}_{number}{dot}{kind}" for number in range(1, count + 1)]
+
+
 def each(concept: Concept, file: str) -> list[tuple[str, str, AnyArray]]:
     """File name, placeholder and vectors of each of a concept's placeholders: of several, their files are numbered."""
     found, start = [], 0
-    stem, dot, kind = file.rpartition(".")
-    for number, (token, count) in enumerate(concept.placeholders.items(), start=1):
-        name = file if len(concept.placeholders) == 1 else f"{stem}_{number}{dot}{kind}"
+    for name, (token, count) in zip(
+        numbered(file, len(concept.placeholders)), concept.placeholders.items(), strict=True
+    ):
         found.append((name, token, concept.embeddings[start : start + count]))
         start += count
     return found

@@ -100,7 +100,7 @@ def read_encoder(folder: str | Path, fingerprint: str, vision: str) -> Model:
     if values.get("vision_fingerprint", "") not in ("", vision):  # older encoders do not name their tower
         raise UserError(
             f"The {kind.name.partition(' ')[2]} in {folder} was trained with another vision tower; name its own with "
-            "--vision."
+            "--vision (in a recipe: vision), or none where the model has it."
         )
     module, config = described_encoder(path, values)
     with describing(path, kind.name):

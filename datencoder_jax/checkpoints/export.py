@@ -147,12 +147,18 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!r} cannot name the exported files; use letters, digits, - and _, such as my-cat.")
 
 
-def check_replaceable(folder: str | Path, kinds: Collection[str], name: str) -> None:
-    """Raises `UserError` where exporting `kinds` as `name` into `folder` would replace a file that is not of ours."""
+def check_replaceable(folder: str | Path, kinds: Collection[str], name: str, placeholders: int = 1) -> None:
+    """Raises `UserError` where exporting `kinds` as `name` into `folder` would replace a file that is not of ours.
+
+    Args:
+        placeholders: how many the concept has.
+    """
+    vectors = (embedding_files.DIFFUSERS_FILE, f"{name}_emb.safetensors")
+    for_diffusers, for_others = (embedding_files.numbered(file, placeholders) for file in vectors)
     files = {
-        "diffusers": ("pipeline.py", lora_files.DIFFUSERS_FILE, embedding_files.DIFFUSERS_FILE),
+        "diffusers": ("pipeline.py", lora_files.DIFFUSERS_FILE, *for_diffusers),
         "kohya": (f"{name}.safetensors",),
-        "embedding": (f"{name}_emb.safetensors",),
+        "embedding": for_others,
         "card": ("README.md",),
     }
     _check_ours(folder, [file for kind in kinds for file in files[kind]])

@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
     args.out = check_writable(args.out)
     concept = read_concept(args.concept)
     kinds = choose_kinds(args.to, possible_kinds(concept), f"the concept in {args.concept}")
-    check_replaceable(args.out, kinds, args.name)
+    check_replaceable(args.out, kinds, args.name, len(concept.placeholders))
     if "diffusers" in kinds:
         _check_concept(args.out, Path(expand_user(args.concept)))
     sheet = _sheet(args)

@@ -77,7 +77,7 @@ def run(args: Namespace) -> None:
         warnings.warn(ONLY_TOYS, stacklevel=1)
     args.out = check_writable(args.out)
     if kinds is not None:
-        check_replaceable(args.out, kinds, args.name)
+        check_replaceable(args.out, kinds, args.name, len(tokens))
 
     device = announce_device()
     from datencoder_jax import api
@@ -103,9 +103,11 @@ def run(args: Namespace) -> None:
         # Written before the sampling, so that it is not lost should that fail.
         save_concept(args.out / "concept.safetensors", tuned.concept)
     # An earlier run's report, exports and pictures tell of another concept.
+    given_files = [os.path.realpath(path) for path in args.images]
     for name in earlier | {"samples.png"}:
-        with suppress(OSError):
-            (args.out / name).unlink(missing_ok=True)
+        if os.path.realpath(args.out / name) not in given_files:
+            with suppress(OSError):
+                (args.out / name).unlink(missing_ok=True)
     (args.out / "report.json").unlink(missing_ok=True)
     drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance")
     made = api.generate(pipeline, prompts, concept=tuned.concept, **drawing)

@@ -126,6 +126,7 @@ class Feed:
                 break
             index = int(rng.integers(len(source)))
         else:
+            damage.raise_if_away()
             raise UserError(
                 f"{source.name}: {_ENOUGH} pictures one after the other cannot be used{listed(damage.report())}; "
                 "check the data."
@@ -188,6 +189,7 @@ class Damage:
         self._reasons: Counter[str] = Counter()
         self._rows = self._damaged_rows = 0
         self._away = 0  # items one after the other that storage did not give
+        self._last: DamagedItem | None = None  # of those
 
     def known(self, index: int) -> bool:
         return index in self._items
@@ -203,13 +205,19 @@ class Damage:
                 return
             if passing:  # it may be there the next time
                 self._away += 1
+                self._last = error
             else:
                 self._items.add(index)
             self._reasons[error.reason] += 1
             level = logging.WARNING if self._reasons[error.reason] <= _LOUD else logging.INFO
         _log.log(level, "%s: %s is left out: %s.", self._source.name, error.key, error.reason)
         if self._away >= _ENOUGH:
-            raise_if_passing(error, self._source.name)
+            self.raise_if_away()
+
+    def raise_if_away(self) -> None:
+        """Raises `PassingError` if storage did not give the items asked for last."""
+        if self._away and self._last is not None:
+            raise_if_passing(self._last, self._source.name)
 
     def check(self, *, planned: bool, damaged: bool) -> None:
         """Counts what a row was planned to show: each item of a pass once, so that the share is that of the source."""

@@ -140,7 +140,8 @@ def files_under(root: Path) -> Iterator[tuple[str, bool]]:
                 continue
             try:
                 folder_there, file_there = entry.is_dir(), entry.is_file()
-            except OSError:  # a link to itself, say
+            except OSError as error:  # a link to itself, say
+                raise_if_passing(error, root / name)
                 folder_there = file_there = False
             if folder_there:
                 pending.append(name)

@@ -57,7 +57,8 @@ def check_alike(run: Mapping[str, Any]) -> None:
     Raises:
         UserError: one of them has another recipe, base model or data.
     """
-    recipe = {key: value for key, value in _flat(run["config"]).items() if not re.fullmatch(FREE, key)}
+    # Of what may change between runs, most decides when all have to do something together.
+    recipe = {key: value for key, value in _flat(run["config"]).items() if key not in ("threads", "output")}
     for name, part in (("recipe", recipe), ("base model or data", run["identity"])):
         digest = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest()
         if not _alike(np.frombuffer(digest, np.uint32)):
@@ -248,7 +249,9 @@ class Checkpoints:
             raise UserError(
                 f"{where} has checkpoints of schema {before['schema']}, not {SCHEMA}; use another --workdir"
             )
-        if changed := _differences(before["identity"], self.run["identity"]):
+        # Older checkpoints do not name all that is read.
+        known = {name: value for name, value in self.run["identity"].items() if name in before["identity"]}
+        if changed := _differences(before["identity"], known):
             raise UserError(f"{where} has read something else: {changed}; put that back or use another --workdir")
         changed = _differences(_flat(before["config"]), _flat(self.run["config"]), re.compile(FREE))
         if changed and not accept_changes:

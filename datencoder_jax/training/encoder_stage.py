@@ -197,7 +197,11 @@ def _parts(config) -> _Parts:
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "remat": config.remat,
-        "identity": {"base": pipeline.fingerprint, "data": data.identity},
+        "identity": {
+            "base": pipeline.fingerprint,
+            "vision": pipeline.vision_fingerprint,
+            "data": data.identity,
+        },
     }
     return _Parts(pipeline, frozen_of(pipeline), data, previews, mesh, common)
 

@@ -195,7 +195,7 @@ def _train(
             late = logged and seconds and _agreed(time.monotonic() - saved_at > seconds)
             chosen = config.checkpoint_every and done % config.checkpoint_every == 0
             due, scored = last or stop or late or chosen, shown and checkpoints.seeks_best
-            if due and not scored:  # before the preview, which may fail
+            if due and not scored:  # before the preview, which may fail; where the best is sought, scores go with it
                 checkpoints.save(done, state)
             if shown:
                 scores = _preview(task, state, mesh, workdir, log)

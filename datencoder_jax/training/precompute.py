@@ -22,7 +22,7 @@ from datencoder_jax.data.items import DamagedItem, Item, Prepared, Source, read_
 from datencoder_jax.data.records import Layout, Settings, weights_fingerprint, write_records
 from datencoder_jax.data.views import draw_crop, make_views
 from datencoder_jax.encoder.features import vision_features
-from datencoder_jax.errors import UserError
+from datencoder_jax.errors import UserError, raise_if_passing
 from datencoder_jax.pipeline import Pipeline
 
 _TYPE = "float16"
@@ -111,9 +111,9 @@ class Precomputer:
                 crop = draw_crop(rng, augment.crop, augment.flip)
                 found.append((item._replace(picture=b""), make_views(item, crop, self._sizes, augment.min_side)))
         except DamagedItem as error:
+            raise_if_passing(error, f"{self.source.name}: {error.key}")  # what is left out of records is so for good
             self.damage.add(index, error)
             return []
-        self.damage.usable()
         return found
 
 
