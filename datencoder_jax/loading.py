@@ -22,6 +22,7 @@ from datencoder_jax.encoder.features import tapped_layers
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, choose, for_xl
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
+from datencoder_jax.runtime.target import current_target
 from datencoder_jax.typing import AnyArray, Concept
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,6 +38,7 @@ def load(
     encoder: str | Path | None = None,
     vision: str | Path | None = None,
     dtype: str = "auto",
+    compute_dtype: str = "auto",
     memory: int | None = None,
     prediction_type: str | None = None,
 ) -> Pipeline:
@@ -50,7 +52,9 @@ def load(
         vision: the CLIP vision tower that the encoder looks through, where the model itself has none: a Hugging Face
             or OpenCLIP folder or file, or a repository.
         dtype: how the frozen weights are stored: "float32", "bfloat16" or "float16". "auto" is bfloat16, and float32
-            for a small model on a CPU. Accelerators compute with it too, CPUs in float32.
+            for a small model on a CPU.
+        compute_dtype: the type of computations, "float32", "bfloat16" or "float16". "auto" is the type of the weights
+            on accelerators and float32 on CPUs; bfloat16 makes a CPU compute as an accelerator does, slowly.
         memory: GB of the device's memory to get along with, one of `memory.PRESETS`; by default what suits the device.
         prediction_type: "epsilon" or "v_prediction", for a single-file checkpoint, few of which say.
 
@@ -58,19 +62,21 @@ def load(
         UserError: the model or encoder is missing, damaged, or they do not belong together.
     """
     start = time.perf_counter()
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; choose one of: {', '.join(DTYPES)}")
+    for name, value in (("dtype", dtype), ("compute_dtype", compute_dtype)):
+        if value not in DTYPES:
+            raise UserError(f"{name} {value!r} is not known; choose one of: {', '.join(DTYPES)}")
     if memory not in (None, *PRESETS):
         raise UserError(f"there is no setting for {memory} GB of memory; choose one of: {', '.join(map(str, PRESETS))}")
     path = resolve_base(model)
-    large = _bytes(path) > _LARGE
-    settings = choose(large) if memory is None else PRESETS[memory]
+    large, target = _bytes(path) > _LARGE, current_target()
+    settings = choose(large, target) if memory is None else PRESETS[memory]
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" and not large else "bfloat16"
+        dtype = "float32" if target.platform == "cpu" and not large else "bfloat16"
+    compute = target.compute_dtype(dtype) if compute_dtype == "auto" else compute_dtype
     with on_host() if settings.in_parts else nullcontext():
-        pipeline = read_pipeline(path, str(model), dtype=dtype, prediction_type=prediction_type)
+        pipeline = read_pipeline(path, str(model), dtype=dtype, compute_dtype=compute, prediction_type=prediction_type)
         if vision is not None:
-            pipeline = with_vision(pipeline, vision, dtype=dtype)
+            pipeline = with_vision(pipeline, vision, dtype=dtype, compute_dtype=compute)
     if memory is None and pipeline.base.text_2 is not None:
         settings = for_xl(settings)
     if encoder is None and str(model) == TOYWORLD:

@@ -6,10 +6,9 @@ are there at once when every network stays with the host and visits the device w
 `docs/memory.md` has what each setting takes.
 """
 
-import os
 from dataclasses import dataclass, replace
 
-import jax
+from datencoder_jax.runtime.target import Target
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,18 @@ _ENOUGH = 36e9
 """Bytes of a device from which on nothing is saved."""
 
 
-def choose(large: bool) -> Memory:
-    """The settings for this machine where none are asked for.
+def choose(large: bool, target: Target) -> Memory:
+    """The settings for a device where none are asked for.
 
     Args:
         large: whether the model is one of Stable Diffusion's size; a small one needs no settings.
+        target: the device; one whose memory is not known is taken to have enough.
     """
     if not large:
         return Memory()
-    if jax.default_backend() == "cpu":
+    if target.platform == "cpu":
         return Memory(draws=4, remat=True, batch=1)
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return of(limit / _share() if limit else _ENOUGH)
+    return of(_ENOUGH if target.memory is None else target.memory)
 
 
 def of(total: float) -> Memory:
@@ -69,11 +68,3 @@ def for_xl(settings: Memory) -> Memory:
     the shapes).
     """
     return replace(settings, remat=True, batch=min(settings.batch, PRESETS[24].batch))
-
-
-def _share() -> float:
-    """The share of a device's memory that JAX takes: of a GPU three quarters, unless it is told otherwise."""
-    if jax.default_backend() != "gpu":
-        return 1.0
-    told = (os.environ.get(f"XLA_{name}_MEM_FRACTION") for name in ("CLIENT", "PYTHON_CLIENT"))
-    return float(next(filter(None, told), 0.75))

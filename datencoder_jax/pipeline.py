@@ -16,7 +16,6 @@ from datencoder_jax.checkpoints.identity import Traits, part_fingerprint
 from datencoder_jax.checkpoints.parts import BaseParts
 from datencoder_jax.checkpoints.vision import read_vision
 from datencoder_jax.checkpoints.weights import describing
-from datencoder_jax.compilation import compute_capability
 from datencoder_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import Memory
@@ -25,6 +24,7 @@ from datencoder_jax.models.module import Model
 from datencoder_jax.models.unet import UNet2DConditionModel
 from datencoder_jax.objectives.norm import mean_norm
 from datencoder_jax.prompts import PROMPTS, PromptTokenizer, check_prompts
+from datencoder_jax.runtime.target import current_target
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -89,19 +89,27 @@ class Pipeline:
         return resolution // self.base.vae.config.factor
 
 
-def read_pipeline(path: Path, name: str, *, dtype: str = "float32", prediction_type: str | None = None) -> Pipeline:
+def read_pipeline(
+    path: Path,
+    name: str,
+    *,
+    dtype: str = "float32",
+    compute_dtype: str | None = None,
+    prediction_type: str | None = None,
+) -> Pipeline:
     """A base model from a diffusers folder or a single-file checkpoint.
 
     Args:
-        dtype: the type frozen weights are stored in. Accelerators compute with it, except in norms, softmax, losses and
-            XL's VAE; CPUs compute in float32, as do GPUs without bfloat16 in its place.
+        dtype: the type frozen weights are stored in.
+        compute_dtype: the type of computations, except for norms, softmax, losses and XL's VAE, which are in float32;
+            by default `Target.compute_dtype`.
         prediction_type: "epsilon" or "v_prediction", in place of what the model says of itself.
 
     Raises:
         UserError: there is no such model, or a part is missing, damaged or unsupported.
     """
     parts = read_base(path, dtype=dtype, prediction_type=prediction_type)
-    compute = computation_type(dtype)
+    compute = compute_dtype or current_target().compute_dtype(dtype)
     unet, text = (model.cast(dtype, compute) for model in (parts.unet, parts.text_encoder))
     text_2, vision = (model and model.cast(dtype, compute) for model in (parts.text_encoder_2, parts.image_encoder))
     # Half precision overflows in XL's decoder.
@@ -135,11 +143,14 @@ def read_pipeline(path: Path, name: str, *, dtype: str = "float32", prediction_t
     return Pipeline(name, parts.fingerprint, base, tokenizer, parts.vision_fingerprint, **defaults)
 
 
-def with_vision(pipeline: Pipeline, path: str | Path, *, dtype: str = "float32") -> Pipeline:
+def with_vision(
+    pipeline: Pipeline, path: str | Path, *, dtype: str = "float32", compute_dtype: str | None = None
+) -> Pipeline:
     """The pipeline with a vision tower from elsewhere, for a base model that has none.
 
     Args:
         path: a Hugging Face or OpenCLIP folder or file, or a Hugging Face repository.
+        dtype, compute_dtype: as for `read_pipeline`.
 
     Raises:
         UserError: there is no such tower.
@@ -147,7 +158,8 @@ def with_vision(pipeline: Pipeline, path: str | Path, *, dtype: str = "float32")
     traits: Traits = {}
     vision, extractor = read_vision(resolve_vision(path), dtype=dtype, traits=traits)
     mean, std = _pixels(extractor)
-    base = replace(pipeline.base, vision=vision.cast(dtype, computation_type(dtype)), pixel_mean=mean, pixel_std=std)
+    compute = compute_dtype or current_target().compute_dtype(dtype)
+    base = replace(pipeline.base, vision=vision.cast(dtype, compute), pixel_mean=mean, pixel_std=std)
     return replace(pipeline, base=base, vision_fingerprint=part_fingerprint(traits))
 
 
@@ -156,16 +168,6 @@ def _pixels(extractor: dict[str, Any] | None) -> tuple[jax.Array, jax.Array]:
     values = extractor or {}
     mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
     return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-
-
-def computation_type(dtype: str) -> str:
-    """The type of computations with weights stored as `dtype`.
-
-    A CPU computes in float32, whatever it stores; so does a GPU older than Ampere (such as a T4) with bfloat16, which
-    it has no units for.
-    """
-    lacks = jax.default_backend() == "cpu" or (dtype == "bfloat16" and compute_capability() < 8.0)
-    return "float32" if lacks else dtype
 
 
 def _second_pad(parts: BaseParts, tokenizer: PromptTokenizer) -> int:

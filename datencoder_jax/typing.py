@@ -110,7 +110,7 @@ class Reader(NamedTuple):
     Attributes:
         encoder: a `models.module.Model` of a `TuningEncoder` that predicts nothing but an embedding.
         classes, patches: what its vision tower says of the concept's pictures, `[pictures, taps, vision width]` and
-            `[pictures, patches, vision width]`.
+            `[pictures, patches, vision width]`; with an axis before these, one set of pictures per latent.
         context, pooled: the empty prompt as the UNet is told of it, `[1, l, d]` and `[1, p]`; `pooled` for XL alone.
         scale: `[n]`, how much of the prediction each of the concept's vectors gains.
     """

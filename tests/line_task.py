@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from PIL import Image
 
-from datencoder_jax.compilation import compiler_options
 from datencoder_jax.errors import UserError
+from datencoder_jax.runtime.target import Target
 from datencoder_jax.training.logbook import TIMES
 from datencoder_jax.training.loop import fit
 
@@ -100,8 +100,9 @@ def run(workdir, task=None, *, initial=None, accept_changes=False, notes=None, *
 
 def compile_quickly(patch):
     """Steps of a few runs do not repay what optimising their program takes."""
-    quick = {**compiler_options(), "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    patch.setattr("datencoder_jax.training.loop.compiler_options", lambda: quick)
+    options = Target.of(jax.devices()[0]).compiler_options()
+    quick = {**options, "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    patch.setattr(Target, "compiler_options", lambda self: quick)
 
 
 def newest(workdir):

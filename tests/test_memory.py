@@ -1,7 +1,6 @@
 """Settings by memory and types of stored weights: what they change, and that concepts and pictures stay the same."""
 
 import itertools
-from argparse import Namespace
 from dataclasses import replace
 
 import jax
@@ -11,19 +10,19 @@ import pytest
 from tiny import pictures, tiny_pipeline, write_tiny_base
 
 import datencoder_jax
-from datencoder_jax import api, compilation, memory, sampling, tuning
+from datencoder_jax import api, memory, sampling, tuning
 from datencoder_jax.checkpoints.encoder_folder import write_encoder
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, Memory
 from datencoder_jax.methods import datencoder
-from datencoder_jax.models import attention
-from datencoder_jax.pipeline import computation_type
+from datencoder_jax.runtime.target import Target, current_target, lowering_for
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates
 
 PROMPTS = ["a photo of a S* on the beach", "a pencil sketch of a S*"]
 CONFIG = TuningConfig(draws=8, views=4)
 NETWORKS = ("unet", "vae", "text", "vision")
+HOPPER = Target("cuda", (9, 0))
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +182,15 @@ def test_settings_are_chosen_by_the_device(monkeypatch, backend, share, limit, w
         monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", share)
 
     class Device:
+        platform = backend
+        compute_capability = "9.0"
+
         def memory_stats(self):
             return None if limit is None else {"bytes_limit": int(limit)}
 
-    monkeypatch.setattr(memory.jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device()])
-    assert memory.choose(large=True) == wanted
-    assert memory.choose(large=False) == Memory()
+    target = Target.of(Device())
+    assert memory.choose(large=True, target=target) == wanted
+    assert memory.choose(large=False, target=target) == Memory()
 
 
 def test_xl_recomputes_however_much_there_is():
@@ -197,20 +198,10 @@ def test_xl_recomputes_however_much_there_is():
     assert memory.for_xl(PRESETS[8]) == PRESETS[8] and memory.for_xl(PRESETS[16]) == PRESETS[16]
 
 
-@pytest.mark.parametrize(("told", "found"), [("8.9", 8.9), ("gfx90a", float("inf")), (None, float("inf"))])
-def test_only_nvidias_have_a_compute_capability(monkeypatch, told, found):
-    device = object() if told is None else Namespace(compute_capability=told)
-    monkeypatch.setattr(compilation.jax, "local_devices", lambda: [device])
-    assert compilation.compute_capability() == found
-    monkeypatch.setattr(compilation.jax, "default_backend", lambda: "gpu")
-    half = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
-    assert attention._choose(half, half, causal=False) == ("cudnn" if told == "8.9" else "xla")
-
-
 def test_a_processor_has_no_second_memory():
-    chosen = memory.choose(large=True)
+    chosen = memory.choose(large=True, target=current_target())
     assert chosen.remat and chosen.batch == 1 and not chosen.in_parts
-    assert memory.choose(large=False) == Memory()
+    assert memory.choose(large=False, target=current_target()) == Memory()
 
 
 # --- how weights are stored
@@ -238,15 +229,13 @@ def test_the_type_that_is_chosen(folder, plain, monkeypatch):
     monkeypatch.setattr("datencoder_jax.loading._LARGE", 0)  # any model is a large one
     assert datencoder_jax.load(folder).base.unet.params["conv_in.weight"].dtype == jnp.bfloat16
     monkeypatch.undo()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found = datencoder_jax.load(folder).base.unet
+    with lowering_for(HOPPER):
+        found = datencoder_jax.load(folder).base.unet
     assert found.params["conv_in.weight"].dtype == jnp.bfloat16 and found.dtype == "bfloat16"
 
 
-def test_float16_is_not_tuned_where_it_is_computed_in(folder, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    half = datencoder_jax.load(folder, dtype="float16")
-    monkeypatch.undo()
+def test_float16_is_not_tuned_where_it_is_computed_in(folder):
+    half = datencoder_jax.load(folder, dtype="float16", compute_dtype="float16")
     assert half.base.unet.dtype == "float16"
     with pytest.raises(UserError, match=r"tuning in float16 loses its gradients; load .* bfloat16 or float32"):
         personalize(half, method="lora", steps=1)
@@ -258,6 +247,7 @@ def test_float16_is_not_tuned_where_it_is_computed_in(folder, monkeypatch):
     [
         ({"memory": 12}, "no setting for 12 GB of memory; choose one of: 8, 16, 24"),
         ({"dtype": "int8"}, "dtype 'int8' is not known; choose one of: auto, float32, bfloat16, float16"),
+        ({"compute_dtype": "int8"}, "compute_dtype 'int8' is not known; choose one of: auto, float32, bfloat16"),
     ],
 )
 def test_misuse_is_one_sentence(folder, options, message):
@@ -267,21 +257,15 @@ def test_misuse_is_one_sentence(folder, options, message):
 
 
 @pytest.mark.parametrize(
-    ("backend", "capability", "dtype", "wanted"),
+    ("target", "dtype", "wanted"),
     [
-        ("cpu", None, "bfloat16", "float32"),
-        ("tpu", None, "bfloat16", "bfloat16"),
-        ("gpu", "9.0", "bfloat16", "bfloat16"),
-        ("gpu", "7.5", "bfloat16", "float32"),
-        ("gpu", "7.5", "float16", "float16"),
+        (Target("cpu"), "bfloat16", "float32"),
+        (Target("tpu"), "bfloat16", "bfloat16"),
+        (HOPPER, "bfloat16", "bfloat16"),
+        (Target("cuda", (7, 5)), "bfloat16", "float32"),
+        (Target("cuda", (7, 5)), "float16", "float16"),
+        (Target("rocm"), "bfloat16", "bfloat16"),
     ],
 )
-def test_computations_are_of_a_type_the_device_has(monkeypatch, backend, capability, dtype, wanted):
-    class Device:
-        pass
-
-    if capability:
-        Device.compute_capability = capability
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert computation_type(dtype) == wanted
+def test_computations_are_of_a_type_the_device_has(target, dtype, wanted):
+    assert target.compute_dtype(dtype) == wanted

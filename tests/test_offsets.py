@@ -1,12 +1,11 @@
-"""Weight offsets and the second path of the UNet, and the implementations of attention."""
+"""Weight offsets and the second path of the UNet."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from datencoder_jax.models import attention
-from datencoder_jax.models.attention import attend
+from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.module import Model, init_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.typing import LowRank
@@ -157,7 +156,7 @@ def test_two_paths_as_the_equations_say(model):
 
     def path(w, context):
         q, k, v = (x.reshape(2, -1, 2, 8) for x in (h @ w["to_q"], context @ w["to_k"], context @ w["to_v"]))
-        return attend(q, k, v, impl="xla").reshape(2, -1, 16) @ w["to_out.0"]
+        return attend(q, k, v, implementation="xla").reshape(2, -1, 16) @ w["to_out.0"]
 
     expected = (
         0.3 * path(changed, soft) + 0.7 * path(weights, hard) + model.params[f"{layer.path}.to_out.0.bias"][None, None]
@@ -183,44 +182,3 @@ def test_half_precision_needs_no_implicit_promotion(model, inputs, hard_context,
         lambda *args: run(*args), half, inputs, draw_offsets(model, batch), hard_context, jnp.ones(2)
     )
     assert shape.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("queries", [8, 10])
-def test_chunked_attention_equals_xla(queries, monkeypatch):
-    monkeypatch.setattr(attention, "_CHUNK", 4)
-    keys = jax.random.split(jax.random.key(4), 4)
-    q = jax.random.normal(keys[0], (2, queries, 3, 8))
-    k, v = (jax.random.normal(key, (2, 6, 3, 8)) for key in keys[1:3])
-    weight = jax.random.normal(keys[3], q.shape)
-
-    def value_and_gradient(impl):
-        def loss(q, k, v):
-            out = attend(q, k, v, impl=impl)
-            return (out * weight).sum(), out
-
-        (_, out), gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-        return out, gradient
-
-    jax.tree.map(close, value_and_gradient("chunked"), value_and_gradient("xla"))
-
-
-@pytest.mark.parametrize("impl", ["xla", "auto"])
-def test_causal_attention_sees_no_later_position(impl):
-    q, k, v = (jax.random.normal(key, (1, 5, 2, 4)) for key in jax.random.split(jax.random.key(5), 3))
-    before = attend(q, k, v, causal=True, impl=impl)
-    after = attend(q, k.at[:, 3:].add(5.0), v.at[:, 3:].add(5.0), causal=True, impl=impl)
-    np.testing.assert_array_equal(before[:, :3], after[:, :3])
-    close(before[:, 0], v[:, 0])
-    assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1
-
-
-def test_chunked_attention_refuses_a_causal_mask():
-    x = jnp.ones((1, 4, 1, 4))
-    with pytest.raises(ValueError, match="causal"):
-        attend(x, x, x, causal=True, impl="chunked")
-
-
-def test_a_long_sequence_is_chunked(monkeypatch):
-    monkeypatch.setattr(attention, "_attend_chunked", lambda q, k, v: "chunked")
-    long = jax.ShapeDtypeStruct((1, 5000, 1, 8), jnp.float32)
-    assert attend(long, long, long) == "chunked"

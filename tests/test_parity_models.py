@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from datencoder_jax.checkpoints.layouts import from_torch_layout
-from datencoder_jax.compilation import compiler_options
 from datencoder_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
+from datencoder_jax.runtime.target import current_target
 from datencoder_jax.typing import Added
 
 torch = pytest.importorskip("torch")
@@ -203,7 +203,7 @@ def test_remat_changes_memory_and_not_the_gradient():
         def loss(model, context):
             return jnp.square(model(latents, jnp.int32(500), context, remat=remat)).mean()
 
-        return jax.jit(jax.grad(loss, argnums=1)).lower(model, context).compile(compiler_options())
+        return jax.jit(jax.grad(loss, argnums=1)).lower(model, context).compile(current_target().compiler_options())
 
     plain, saving = gradient(False), gradient(True)
     np.testing.assert_allclose(saving(model, context), plain(model, context), rtol=1e-4, atol=1e-7)

@@ -20,8 +20,8 @@ from datencoder_jax.commands import plan as command
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS
 from datencoder_jax.plan import advice, costs, devices, hlo, measure, programs, shapes
+from datencoder_jax.runtime.hardware import CHIPS
 from datencoder_jax.training import mesh as on_mesh
-from datencoder_jax.training.chips import CHIPS
 from datencoder_jax.training.recipes import load_recipe
 
 ROWS, WIDTH, LAYERS = 64, 32, 5

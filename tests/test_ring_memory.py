@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from datencoder_jax.compilation import compiler_options
 from datencoder_jax.objectives.contrastive import contrastive_ring
+from datencoder_jax.runtime.target import current_target
 
 BATCH, WIDTH, VOCABULARY = 65_536, 768, 49_408
 
@@ -22,7 +22,11 @@ def compiled_bytes(devices):
         return contrastive_ring(*case, temperature=0.1, neighbours=3, mesh=mesh).mean()
 
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype, place in shapes]
-    program = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile(compiler_options=compiler_options())
+    program = (
+        jax.jit(jax.value_and_grad(loss))
+        .lower(*arguments)
+        .compile(compiler_options=current_target().compiler_options())
+    )
     memory = program.memory_analysis()
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes, memory.output_size_in_bytes
 

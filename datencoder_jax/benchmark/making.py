@@ -50,9 +50,15 @@ class Made:
 @functools.cache
 def open_pipeline(setup: Setup, encoder: str | None = None) -> Pipeline:
     """The base model of a run, with its encoder or another."""
-    options = {"vision": setup.vision, "dtype": setup.dtype, "memory": setup.memory}
-    options["prediction_type"] = setup.prediction_type
-    return api.load(setup.model, encoder=encoder or setup.encoder, **options)
+    return api.load(
+        setup.model,
+        encoder=encoder or setup.encoder,
+        vision=setup.vision,
+        dtype=setup.dtype,
+        compute_dtype=setup.compute_dtype,
+        memory=setup.memory,
+        prediction_type=setup.prediction_type,
+    )
 
 
 def _with_gains(pipeline: Pipeline, gains: tuple[float, float]) -> Pipeline:

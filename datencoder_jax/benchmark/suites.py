@@ -24,7 +24,7 @@ class Setup:
         data: the folder of "dreambench".
         split, instances: which of the embedded world's individuals; of photographs the first `instances` subjects.
         word: class of subjects in a folder that names none.
-        model, encoder, vision, dtype, memory, prediction_type: as for `api.load`.
+        model, encoder, vision, dtype, compute_dtype, memory, prediction_type: as for `api.load`.
         num: pictures per prompt.
         sampler, sampling_steps, guidance, resolution: as for `api.generate`.
         draws: samples per tuning step; None for what the memory allows.
@@ -40,6 +40,7 @@ class Setup:
     encoder: str | None = None
     vision: str | None = None
     dtype: str = "auto"
+    compute_dtype: str = "auto"
     memory: int | None = None
     prediction_type: str | None = None
     num: int = 1
@@ -57,8 +58,9 @@ class Setup:
         return replace(self, clip=None, dino=None)
 
     def content(self) -> dict[str, Any]:
-        """What decides what a unit's pictures are."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("clip", "dino")}
+        """The settings that decide what a trial's images are; "auto" computation is what runs always had."""
+        left_out = {"clip", "dino"} | ({"compute_dtype"} if self.compute_dtype == "auto" else set())
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in left_out}
 
 
 class Subject(NamedTuple):

@@ -117,13 +117,14 @@ def make_setup(args: Namespace) -> Setup:
         None if data is None else str(expand_user(data)),
         num=args.num or (1 if suite == TOYWORLD else 4),
         dtype=_DTYPES[args.dtype],
+        compute_dtype=_DTYPES[args.compute],
         **{name: getattr(args, name) for name in names},
     )
 
 
 def _jobs(jobs: int) -> int:
-    import jax
+    from datencoder_jax.runtime.target import current_target
 
-    if jobs > 1 and jax.default_backend() != "cpu":
+    if jobs > 1 and current_target().platform != "cpu":
         raise UserError("--jobs shares the cores of a CPU; the accelerator is one process's, so leave it out.")
     return min(jobs, os.cpu_count() or 1)

@@ -262,6 +262,13 @@ def _add_model(add: Callable, option: str, note: str, **extra: Any) -> None:
         help="how the weights are stored (default: %(default)s, bf16 but for a small model on a CPU)",
     )
     add(
+        "--compute",
+        choices=("auto", "bf16", "f16", "f32"),
+        default="auto",
+        help="the type of computations (default: %(default)s, that of the weights, and f32 on a CPU); bf16 makes a CPU "
+        "compute as an accelerator does",
+    )
+    add(
         "--memory",
         type=int,
         choices=(8, 16, 24),

@@ -52,6 +52,8 @@ def load(args: Namespace, model: str) -> Pipeline:
     options = given(args, *(name for name in ("encoder", "vision", "memory", "prediction_type") if name in args))
     if args.dtype != "auto":
         options["dtype"] = _DTYPES[args.dtype]
+    if args.compute != "auto":
+        options["compute_dtype"] = _DTYPES[args.compute]
     pipeline = api.load(model, **options)
     say(f"model: {pipeline.name}, {pipeline.resolution} px, loaded in {pipeline.timings.get('load', 0.0):.1f} s")
     return pipeline

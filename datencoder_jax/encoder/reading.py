@@ -28,13 +28,19 @@ def read_again(
     Returns:
         One set of vectors per latent, float32 `[batch, n, d]`.
     """
-    count, pictures = len(latents), len(reader.classes)
+    count, pictures = len(latents), reader.classes.shape[-3]
     t = jnp.broadcast_to(t, (count,))
     context = jnp.broadcast_to(reader.context, (count, *reader.context.shape[1:]))
     pooled = denoiser_features(unet, latents, t, context.astype(unet.dtype), added)
-    classes, patches = (jnp.repeat(jnp.asarray(x), count, axis=0) for x in (reader.classes, reader.patches))
+    classes, patches = (_for_each_latent(jnp.asarray(x), count) for x in (reader.classes, reader.patches))
     seen = Features(classes, patches, jnp.tile(pooled, (pictures, 1)), jnp.tile(t, pictures))
     predicted = reader.encoder(jax.lax.stop_gradient(seen)).embeddings[:, 0]
     mean = predicted.reshape(pictures, count, -1).mean(axis=0)
     scale = jax.lax.stop_gradient(jnp.asarray(reader.scale))
     return jnp.asarray(embeddings)[None] + scale[None, :, None] * mean[:, None]
+
+
+def _for_each_latent(states: jax.Array, count: int) -> jax.Array:
+    """States `[pictures, n, d]`, or `[count, pictures, n, d]`, as `[pictures * count, n, d]`, pictures outermost."""
+    states = jnp.broadcast_to(states, (count, *states.shape[-3:]))
+    return states.swapaxes(0, 1).reshape(-1, *states.shape[-2:])

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from datencoder_jax.models.attention import attend
 from datencoder_jax.models.config import ConfigMixin
+from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.layers import LayerNorm, timestep_features
 from datencoder_jax.typing import Features, LowRank, Variables
 

@@ -34,20 +34,27 @@ def differences(
         word, empty: the two prompts, of one row each.
         batch_size: noises at a time.
     """
-    t = jnp.array([int(level * base.schedule.num_train_timesteps) for level in _LEVELS])
-    alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[t]
-    noises = jax.random.normal(key, (len(t), *latents.shape[1:]))
+    timesteps = jnp.array([int(level * base.schedule.num_train_timesteps) for level in _LEVELS])
+    noises = jax.random.normal(key, (len(timesteps), *latents.shape[1:]))
+    # A whole number of equal steps, with the noises of each on the batch axis: kernels of attention have no rule for a
+    # `vmap` in which the latents are batched and the prompts are not.
+    at_once = next(count for count in range(min(batch_size, len(timesteps)), 0, -1) if len(timesteps) % count == 0)
+    repeats = at_once * len(latents)
     prompts = jax.tree.map(
-        lambda *both: jnp.concatenate([jnp.broadcast_to(x, (len(latents), *x.shape[1:])) for x in both]), word, empty
+        lambda *both: jnp.concatenate([jnp.broadcast_to(x, (repeats, *x.shape[1:])) for x in both]), word, empty
     )
 
-    def one(draw: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        t, alpha_bar, noise = draw
-        noisy = add_noise(latents, noise[None], alpha_bar[None])
-        told, plain = jnp.split(base.denoise(jnp.concatenate([noisy, noisy]), t, prompts), 2)
-        return jnp.abs(told - plain).mean(axis=-1)
+    def difference(draws: tuple[jax.Array, jax.Array]) -> jax.Array:
+        t, noise = (jnp.repeat(x, len(latents), axis=0) for x in draws)
+        alpha_bar = jnp.asarray(alphas_cumprod(base.schedule))[t]
+        noisy = add_noise(jnp.tile(latents, (at_once, 1, 1, 1)), noise, alpha_bar)
+        under_word, under_empty = jnp.split(
+            base.denoise(jnp.concatenate([noisy, noisy]), jnp.concatenate([t, t]), prompts), 2
+        )
+        return jnp.abs(under_word - under_empty).mean(axis=-1).reshape(at_once, *latents.shape[:3])
 
-    found = jax.lax.map(one, (t, alpha_bar, noises), batch_size=min(batch_size, len(t))).mean(axis=0)
+    steps = (x.reshape(-1, at_once, *x.shape[1:]) for x in (timesteps, noises))
+    found = jax.lax.map(difference, tuple(steps)).mean(axis=(0, 1))
     return found / jnp.maximum(found.max(axis=(1, 2), keepdims=True), 1e-12)
 
 

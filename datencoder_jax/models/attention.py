@@ -21,73 +21,19 @@ and are otherwise apart (Infusion, arXiv 2404.14007). Keys may be of another con
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from datencoder_jax.compilation import compute_capability
+from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.edits import Ready, apply
 from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1
 
 Maps = dict[str, jax.Array | None]
 """What collects the attention maps `[batch, queries, keys]` of the soft path in the layers that it names: a layer puts
 its own there."""
-
-_CHUNK = 1024
-"""Queries per step of the memory-efficient path; its peak memory is `batch * heads * _CHUNK * keys`."""
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, impl: str = "auto") -> jax.Array:
-    """Scaled dot-product attention, softmax in float32.
-
-    Args:
-        q: `[batch, queries, heads, dim]`.
-        k, v: `[batch, keys, heads, dim]`.
-        causal: a query sees only keys at or before its own position.
-        impl: "xla", "cudnn" (half precision on a GPU), "chunked" (queries in blocks, for long sequences), or "auto".
-
-    Returns:
-        `[batch, queries, heads, dim]` in `q`'s type.
-    """
-    if impl == "auto":
-        impl = _choose(q, k, causal)
-    if impl == "chunked":
-        if causal:
-            raise ValueError("the chunked implementation has no causal mask")
-        return _attend_chunked(q, k, v)
-    if impl == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-    if causal:
-        visible = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
-        scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-
-
-def _choose(q: jax.Array, k: jax.Array, causal: bool) -> str:
-    """cuDNN where it applies (Ampere or newer, half precision, head dim a multiple of 8 up to 128, not causal)."""
-    queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and dim % 8 == 0 and dim <= 128 and not causal
-    if jax.default_backend() == "gpu" and fits and 8.0 <= compute_capability() < math.inf:
-        return "cudnn"
-    if queries * keys >= 4096 * 4096 and not causal:
-        return "chunked"
-    return "xla"
-
-
-def _attend_chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention over blocks of queries; the backward pass recomputes each block instead of keeping its scores."""
-    batch, queries, heads, dim = q.shape
-    chunk = min(_CHUNK, queries)
-    padded = jnp.pad(q, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(padded.reshape(batch, -1, chunk, heads, dim), 1, 0)
-    out = jax.lax.map(jax.checkpoint(lambda block: attend(block, k, v, impl="xla")), blocks)
-    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :queries]
 
 
 def _blend(alpha, soft: jax.Array, hard: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import jax
 from flax import nnx
 
-from datencoder_jax.models.attention import attend
+from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.layers import LayerNorm, activation
 
 

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from datencoder_jax.models.attention import attend
 from datencoder_jax.models.config import ConfigMixin
+from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.layers import LayerNorm, activation
 
 _SHARPNESS = -0.75

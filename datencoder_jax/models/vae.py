@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from datencoder_jax.models.attention import attend
 from datencoder_jax.models.config import ConfigMixin
+from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.layers import GroupNorm, activation, conv1x1, conv3x3
 from datencoder_jax.models.unet import ResnetBlock2D, Upsample2D
 

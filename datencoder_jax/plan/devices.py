@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from datencoder_jax.errors import UserError
-from datencoder_jax.training.chips import Chip, find_chip
+from datencoder_jax.runtime.hardware import Chip, find_chip
 
 
 @dataclass(frozen=True)

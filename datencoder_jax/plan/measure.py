@@ -20,7 +20,7 @@ from datencoder_jax.compilation import compiler_options
 from datencoder_jax.plan.costs import Costs, costs
 from datencoder_jax.plan.devices import Machine
 from datencoder_jax.plan.programs import Program, bytes_per_chip
-from datencoder_jax.training.chips import Chip
+from datencoder_jax.runtime.hardware import Chip
 
 
 @dataclass(frozen=True)

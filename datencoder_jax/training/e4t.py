@@ -212,25 +212,16 @@ class E4TTask:
         }
 
     def _draw(self, params: Params | None, frozen: E4TFrozen, images, ids, key) -> jax.Array:
-        """Equation (1) at every step, each picture by itself; without parameters the word alone."""
+        """Images for the previews with equation (1) at every step; without parameters under the word alone."""
         base = frozen.base
-        seen = see(base, to_float(images), self.config.patch_taps)
-        empty = base.condition(frozen.empty_ids)
         side, channels = images.shape[1] // base.vae.config.factor, base.unet.config.in_channels
-
-        def one(classes, patches, ids, noise):
-            request = Request(
-                ids[None], None, frozen.empty_ids, noise[None], jnp.float32(_PREVIEW_GUIDANCE), jnp.float32(1.0)
-            )
-            variables = Variables(frozen.word, {})
-            if params is not None:
-                scale = jnp.full(1, self.config.scale)
-                reader = Reader(
-                    encoder_of(self.config, params), classes[None], patches[None], empty.context, empty.pooled, scale
-                )
-                variables = Variables(frozen.word, offsets_of(self.config, params), reader=reader)
-            return sample_latents(base, ddim(base.schedule, _PREVIEW_STEPS), request, variables)[0]
-
         noise = jax.random.normal(key, (len(images), side, side, channels))
-        classes, patches = (x.astype(jnp.float32) for x in (seen.classes, seen.patches))
-        return decode(base, jax.vmap(one)(classes, patches, ids, noise))
+        request = Request(ids, None, frozen.empty_ids, noise, jnp.float32(_PREVIEW_GUIDANCE), jnp.float32(1.0))
+        variables = Variables(frozen.word, {})
+        if params is not None:
+            seen, empty = see(base, to_float(images), self.config.patch_taps), base.condition(frozen.empty_ids)
+            classes, patches = (x.astype(jnp.float32)[:, None] for x in (seen.classes, seen.patches))
+            scale = jnp.full(1, self.config.scale)
+            reader = Reader(encoder_of(self.config, params), classes, patches, empty.context, empty.pooled, scale)
+            variables = Variables(frozen.word, offsets_of(self.config, params), reader=reader)
+        return decode(base, sample_latents(base, ddim(base.schedule, _PREVIEW_STEPS), request, variables))

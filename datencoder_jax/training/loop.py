@@ -30,11 +30,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from datencoder_jax.checkpoints.atomic import write_all
-from datencoder_jax.compilation import compiler_options, enable_cache
+from datencoder_jax.compilation import enable_cache
 from datencoder_jax.errors import UserError
+from datencoder_jax.runtime.hardware import find_chip
+from datencoder_jax.runtime.target import Target, lowering_for, sharing_batch
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.checkpoints import Checkpoints, check_alike, describe, on_disk
-from datencoder_jax.training.chips import find_chip
 from datencoder_jax.training.logbook import Logbook
 from datencoder_jax.training.optim import adamw
 from datencoder_jax.training.task import Task
@@ -172,7 +173,7 @@ def _train(
     frozen = on_mesh.place(task.frozen, on_mesh.of_frozen(task.frozen, mesh))
     batches = on_mesh.batches(task.batch, task.batch_size, mesh, range(first, config.steps), config.threads)
     batch = next(batches)
-    step_fn = _compile(make_step(task, config), state, frozen, batch, mesh)
+    step_fn = _compile(task, config, state, frozen, batch, mesh)
     with Logbook(workdir, first if resumed else None, config.steps) as log, _Interrupt() as interrupt:
         if config.preview_every and not resumed:
             _preview(task, state, mesh, workdir, log)
@@ -227,15 +228,30 @@ def _state(
     return jax.jit(lambda params: start(params, config), out_shardings=shardings)(placed), False
 
 
-def _compile(step: Callable, state: TrainState, frozen: Any, batch: dict, mesh: Mesh) -> Any:
-    """The step for these shapes and places, compiled once, under a line that says so; it takes the state's memory."""
-    enable_cache()
+def lower_step(
+    task: Task, config: Any, state: TrainState, frozen: Any, batch: dict, mesh: Mesh, *, keep_unused: bool = False
+) -> jax.stages.Lowered:
+    """The training step, lowered for these arrays (or shapes with shardings) and the devices of `mesh`.
+
+    It takes over the state's memory.
+
+    Args:
+        keep_unused: keep arguments that the step does not read, for counting their memory.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, on_mesh.WHOLE)
+    jitted = jax.jit(make_step(task, config), donate_argnums=0, out_shardings=shardings, keep_unused=keep_unused)
+    with lowering_for(Target.of(mesh.devices.flat[0])), sharing_batch(mesh if mesh.size > 1 else None):
+        return jitted.lower(state, frozen, batch)
+
+
+def _compile(task: Task, config: Any, state: TrainState, frozen: Any, batch: dict, mesh: Mesh) -> Any:
+    """The step for these shapes and places, compiled once, under a line that says so."""
+    enable_cache()
     quiet, since = jax.process_index() > 0, time.perf_counter()
     if not quiet:
         print("compiling the training step (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-    compiled = jitted.lower(state, frozen, batch).compile(compiler_options())
+    lowered = lower_step(task, config, state, frozen, batch, mesh)
+    compiled = lowered.compile(Target.of(mesh.devices.flat[0]).compiler_options())
     if not quiet:
         print(f"{time.perf_counter() - since:.1f} s", file=sys.stderr, flush=True)
     return compiled

@@ -1,0 +1,1 @@
+"""What a program runs on: devices and their peaks, and the target that programs are compiled for."""
