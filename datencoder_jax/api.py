@@ -215,7 +215,7 @@ def personalize(
                 None if chosen.focus is None or hard is None else focus(latents, hard),
                 None if chosen.levels == (0.0, 1.0) else jnp.array(chosen.levels, jnp.float32),
             )
-            state = tuning.start(variables)
+            state = tuning.start(variables, quiet=True)
             state, losses = tuning.run(state, problem, steps=steps, config=config, quiet=quiet)
             variables, losses = jax.block_until_ready((state.variables, losses))
     nearest = nearest_words(pipeline, variables.embeddings[-1:])

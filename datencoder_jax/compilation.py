@@ -4,7 +4,10 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -42,6 +45,28 @@ def enable_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+Recorder = Callable[["Program", tuple, dict[str, Any]], Any]
+"""`record(program, args, kwargs) -> results`: what `dry_run` calls in place of a program."""
+
+_dry_run: Recorder | None = None
+
+
+@contextmanager
+def dry_run(record: Recorder) -> Iterator[None]:
+    """Within it no program is compiled or run: `record` is called in its place, and returns its results."""
+    global _dry_run
+    before, _dry_run = _dry_run, record
+    try:
+        yield
+    finally:
+        _dry_run = before
+
+
+def put_on_device(tree: Any) -> Any:
+    """`jax.device_put`, but for a dry run, whose arrays have no memory."""
+    return jax.device_put(tree) if _dry_run is None else tree
+
+
 class Program:
     """A jitted function that is compiled ahead of its first call, under a printed line.
 
@@ -64,6 +89,8 @@ class Program:
         self._compiled: dict = {}
 
     def __call__(self, *args, quiet: bool = False, **kwargs):
+        if _dry_run is not None:
+            return _dry_run(self, args, kwargs)
         static = {k: v for k, v in kwargs.items() if k in self._static}
         dynamic = {k: v for k, v in kwargs.items() if k not in self._static}
         leaves, structure = jax.tree.flatten((args, dynamic))
@@ -73,13 +100,17 @@ class Program:
             self._compiled[key] = self._compile(args, kwargs, quiet)
         return self._compiled[key](*args, **dynamic)
 
+    def trace(self, *args, **kwargs) -> jax.stages.Traced:
+        """The program for these arguments, or for `jax.ShapeDtypeStruct`s in their place, before it is lowered."""
+        return self._jitted.trace(*args, **kwargs)
+
     def _compile(self, args, kwargs, quiet: bool):
         enable_cache()
         if not quiet:
             print(f"compiling {self.name} (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
-            compiled = self._jitted.lower(*args, **kwargs).compile(current_target().compiler_options())
+            compiled = self.trace(*args, **kwargs).lower().compile(current_target().compiler_options())
         except BaseException:
             if not quiet:  # whatever is said of the failure gets a line of its own
                 print(file=sys.stderr, flush=True)

@@ -156,9 +156,9 @@ def _denoising(variables: Variables | None) -> tuple[str, ...]:
 generate = Program("sampling", _generate)
 """`generate(base, plan, request, variables) -> Drawn`, compiled per batch size and sampler length."""
 
-_read = Program("prompt reading", read)
+_read = Program("text encoding", read)
 _denoise = Program("sampling", denoise)
-_decode = Program("decoding", decode_checked)
+_decode = Program("VAE decoding", decode_checked)
 
 
 def draw_in_parts(

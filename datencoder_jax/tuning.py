@@ -35,7 +35,7 @@ import optax
 from tqdm import tqdm
 
 from datencoder_jax.base import Base, concept_state
-from datencoder_jax.compilation import Program
+from datencoder_jax.compilation import Program, put_on_device
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratified_timesteps, target
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods.focus import differences, weights
@@ -171,11 +171,13 @@ def _adam(momentum: float = 0.9) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=momentum, b2=0.99)
 
 
-@jax.jit
-def start(variables: Variables) -> TuneState:
-    """The state before the first step, with arrays of its own, since `tune` takes its state over."""
+def _start(variables: Variables) -> TuneState:
     own = jax.tree.map(jnp.copy, variables)
     return TuneState(jnp.int32(0), own, _adam().init(cast(Any, own)))
+
+
+start = Program("initial state", _start)
+"""`start(variables) -> TuneState`: the state before the first step, with its own arrays, which `tune` takes over."""
 
 
 def tune_loss(variables: Variables, problem: Problem, draw_key: jax.Array, config: TuningConfig) -> jax.Array:
@@ -297,7 +299,7 @@ tune = Program("tuning", _tune, static_argnames=("steps", "config"), donate_argn
 """`tune(state, problem, steps=12, config=...) -> (state, losses [steps])`: one program; the state is donated."""
 
 
-read_prompt = Program("prompt reading", Base.condition)
+read_prompt = Program("text encoding", Base.condition)
 """`read_prompt(base, ids [1, L], embeddings) -> Condition`."""
 
 
@@ -310,7 +312,7 @@ def run(
         UserError: a loss or, at the end, a variable is not finite; told as soon as a call has returned.
     """
     at_once = next(count for count in range(min(steps, _FUSED), 0, -1) if steps % count == 0)
-    losses, problem = [], jax.device_put(problem)  # once, where the model is kept in the machine's memory
+    losses, problem = [], put_on_device(problem)  # once, where the model is kept in the machine's memory
     for _ in tqdm(
         range(steps // at_once), desc="tuning", unit_scale=at_once, unit="step", disable=quiet or at_once == steps
     ):
@@ -362,14 +364,14 @@ def focus_views(
     return weights(jax.image.resize(views, latents.shape[:3], "linear"), floor)
 
 
-focus_views_program = Program("finding the concept", focus_views, static_argnames=("pictures", "config"))
+focus_views_program = Program("subject mask", focus_views, static_argnames=("pictures", "config"))
 """`focus_views` compiled ahead."""
 
-encode_views_program = Program("picture encoding", encode_views, static_argnames=("config",))
+encode_views_program = Program("VAE encoding", encode_views, static_argnames=("config",))
 """`encode_views` compiled ahead."""
 
 
-PROGRAMS = (tune, encode_views_program, focus_views_program, read_prompt)
+PROGRAMS = (start, tune, encode_views_program, focus_views_program, read_prompt)
 """All that tuning runs."""
 
 

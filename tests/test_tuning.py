@@ -338,7 +338,7 @@ def test_one_compilation_serves_every_concept(pipeline, tuned, caplog):
 
 
 def test_steps_and_settings_are_in_the_program(pipeline):
-    state = jax.eval_shape(lambda: tuning.start(fresh(pipeline)))
+    state = jax.eval_shape(lambda: tuning.start.function(fresh(pipeline)))
     problem = jax.eval_shape(lambda: make_problem(pipeline))
     for steps, draws in ((1, 2), (5, 3)):
         run = functools.partial(tuning._tune, steps=steps, config=TuningConfig(draws=draws))
@@ -384,7 +384,7 @@ def test_the_base_model_is_untouched(pipeline, predicted):
 def test_half_precision_needs_no_implicit_promotion(pipeline):
     base = jax.eval_shape(lambda: in_half_precision(pipeline.base))
     problem = jax.eval_shape(lambda: make_problem(pipeline))._replace(base=base)
-    state = jax.eval_shape(lambda: tuning.start(fresh(pipeline)))
+    state = jax.eval_shape(lambda: tuning.start.function(fresh(pipeline)))
     after, losses = jax.eval_shape(functools.partial(tuning._tune, steps=2, config=CONFIG), state, problem)
     assert losses.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(after.variables)} == {jnp.dtype("float32")}

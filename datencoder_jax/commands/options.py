@@ -28,7 +28,21 @@ _METHODS = (
 )
 _SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-a")
 _VERSIONS = ("1.5", "2.1", "XL")
-_PROGRAMS = ("train", "see", "predict", "encode", "tune", "draw", "decode")
+_PROGRAMS = (
+    "train",
+    "image-features",
+    "prediction",
+    "vae-encoding",
+    "text-encoding",
+    "class-word",
+    "text-covariance",
+    "subject-mask",
+    "initial-state",
+    "tuning",
+    "sampling",
+    "vae-decoding",
+)
+_GPUS = ("H100", "H200", "A100", "L4", "RTX4090", "T4")
 _KINDS = ("diffusers", "kohya", "embedding", "card")
 
 
@@ -341,10 +355,23 @@ def _add_plan(commands: Any) -> None:
     )
     _add_recipe(add, required=False)
     add("--models", nargs="+", choices=_VERSIONS, help="without a recipe: Stable Diffusion to personalize, by version")
-    add("--topology", metavar="SLICE", help="a TPU slice, such as v5e:16x16 (default: the devices of this machine)")
+    add(
+        "--topology",
+        metavar="NAME",
+        help=f"a GPU ({', '.join(_GPUS)}), several of one host such as 8xH100, or a TPU slice such as v5e:16x16 "
+        "(default: the devices of this machine)",
+    )
     add("--cpu-devices", type=integer(1), metavar="N", help="use the CPU, split into so many devices")
-    add("--programs", nargs="+", choices=_PROGRAMS, help="of a recipe; several (default: all)")
-    add("--methods", nargs="+", choices=_METHODS[:2], default=_METHODS[:1], help=f"several (default: {_METHODS[0]})")
+    add("--programs", nargs="+", choices=_PROGRAMS, metavar="PROGRAM", help=f"{', '.join(_PROGRAMS)} (default: all)")
+    add(
+        "--methods",
+        nargs="+",
+        choices=_METHODS,
+        default=_METHODS[:1],
+        metavar="NAME",
+        help=f"to personalize with: {', '.join(_METHODS)} (default: {_METHODS[0]})",
+    )
+    add("--steps", type=integer(1), metavar="N", help="of tuning (default: the method's; 25 at most in one program)")
     add("--memory", nargs="+", type=int, choices=(0, 8, 16, 24), help="settings as for personalize; 0 for none")
     add("--resolution", type=integer(64), default=512, metavar="PIXELS", help="without a recipe (default: %(default)s)")
     add("--effort", type=float, default=-1.0, metavar="E", help="of the compiler, from -1 to 1 (default: %(default)s)")

@@ -129,14 +129,14 @@ def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array
     )
 
 
-predict = Program("the encoder", _predict)
+predict = Program("prediction", _predict)
 """`predict(base, encoder, images [k, H, W, 3] in [-1, 1], empty_ids [1, L], key) -> Variables`: equation (1)."""
 
 IN_PARTS = (
-    Program("picture reading", see, static_argnames=("patch_taps",)),
-    Program("picture encoding", _encode),
-    Program("prompt reading", Base.condition),
-    Program("the encoder", _mean),
+    Program("image features", see, static_argnames=("patch_taps",)),
+    Program("VAE encoding", _encode),
+    Program("text encoding", Base.condition),
+    Program("prediction", _mean),
 )
 """The programs of `predict_in_parts`."""
 

@@ -55,7 +55,7 @@ def start(setup: Setup) -> Variables:
         encoder_of(config, params),
         *(x.astype(jnp.float32) for x in (seen.classes, seen.patches, empty.context)),
         pooled=None if empty.pooled is None else empty.pooled.astype(jnp.float32),
-        scale=jnp.full(len(word), config.scale),
+        scale=jnp.full(len(word), config.scale, jnp.float32),
     )
     return Variables(word, offsets_of(config, params), reader=reader)
 

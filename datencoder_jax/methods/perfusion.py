@@ -53,7 +53,7 @@ def _read(base: Base, ids: jax.Array, word: jax.Array, weights: Mapping[str, jax
     return state, {path: Gated(state @ weight.astype(jnp.float32)) for path, weight in weights.items()}
 
 
-_class_word = Program("the class word", _read)
+_class_word = Program("class word", _read)
 
 PROGRAMS = (_class_word, *_METRIC)
 """The programs of `start`."""

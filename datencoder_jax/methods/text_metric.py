@@ -88,7 +88,7 @@ def _sum(base: Base, ids: jax.Array) -> jax.Array:
     return product / (states.shape[0] * states.shape[1])
 
 
-_moment = Program("text states", _sum)
+_moment = Program("text covariance", _sum)
 
 PROGRAMS = (_moment,)
 """The programs of `text_metric`."""

@@ -108,14 +108,14 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """cuDNN's gradient takes even sequence lengths alone, so 77 keys are 78 of which the last is masked."""
     queries, keys = q.shape[1], k.shape[1]
-    lengths = {}
+    lengths = None, None
     if queries % 2 or keys % 2:
-        lengths = {
-            "query_seq_lengths": jnp.full(len(q), queries, jnp.int32),
-            "key_value_seq_lengths": jnp.full(len(q), keys, jnp.int32),
-        }
+        lengths = jnp.full(len(q), queries, jnp.int32), jnp.full(len(q), keys, jnp.int32)
         q, k, v = _pad(q, (1, queries % 2)), _pad(k, (1, keys % 2)), _pad(v, (1, keys % 2))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
+    out = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths[0], key_value_seq_lengths=lengths[1], implementation="cudnn"
+    )
+    return out[:, :queries]
 
 
 def _attend_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

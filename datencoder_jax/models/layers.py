@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
 from datencoder_jax.errors import UserError
@@ -68,22 +69,31 @@ def same_conv(x: Float[Array, "batch h w i"], kernel: Float[Array, "a b i o"]) -
     return _conv(x, kernel)
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv(x, kernel), (x, kernel)
+def _forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[jax.Array, tuple]:
+    """The convolution, and what the gradients that somebody asks for need: frozen kernels have none."""
+    wants_dx: tuple | None = () if x.perturbed else None  # a pytree that says so by its structure
+    return _conv(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value, wants_dx)
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    dx = jax.lax.platform_dependent(
-        dy,
-        kernel,
-        cpu=lambda dy, kernel: _conv(dy, kernel[::-1, ::-1].swapaxes(2, 3)),
-        default=lambda dy, kernel: jax.vjp(lambda x: _conv(x, kernel), x)[1](dy)[0],
-    )
-    return dx, jax.vjp(lambda kernel: _conv(x, kernel), kernel)[1](dy)[0]
+def _backward(kept: tuple, dy: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    x, kernel, wants_dx = kept
+    if isinstance(dy, SymbolicZero):
+        return None, None
+    dx = dkernel = None
+    if wants_dx is not None:
+        shape = jax.ShapeDtypeStruct((*dy.shape[:3], kernel.shape[2]), dy.dtype)
+        dx = jax.lax.platform_dependent(
+            dy,
+            kernel,
+            cpu=lambda dy, kernel: _conv(dy, kernel[::-1, ::-1].swapaxes(2, 3)),
+            default=lambda dy, kernel: jax.linear_transpose(lambda x: _conv(x, kernel), shape)(dy)[0],
+        )
+    if x is not None:
+        dkernel = jax.linear_transpose(lambda kernel: _conv(x, kernel), kernel)(dy)[0]
+    return dx, dkernel
 
 
-same_conv.defvjp(_forward, _backward)
+same_conv.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _same_conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **defaults: Any) -> jax.Array:

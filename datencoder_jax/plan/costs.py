@@ -1,11 +1,12 @@
 """What a compiled program computes, moves in memory, and sends to other chips, per chip and run.
 
-XLA counts each instruction once (`cost_analysis`), and the body of a loop too. With `n_i` how often instruction `i`
-runs and `w_i` its weight,
+For CPUs and TPUs XLA counts each instruction once (`cost_analysis`), and the body of a loop too. With `n_i` how often
+instruction `i` runs and `w_i` its weight,
 
     total = counted by XLA * sum_i n_i w_i / sum_i w_i                                               (1)
 
 where `w` is the operations of matrix products and convolutions for FLOPs, and what is read and written for bytes.
+For GPUs XLA counts nothing: bytes are `sum_i n_i w_i`, and operations those of the traced program (`plan.work`).
 A collective among `g` chips whose operand has `b` bytes sends from each chip, on a ring,
 
     all-gather b (g - 1),   reduce-scatter and all-to-all b (g - 1) / g,   all-reduce 2 b (g - 1) / g,   permute b   (2)
@@ -18,6 +19,7 @@ from typing import Any
 
 from datencoder_jax.plan import hlo
 from datencoder_jax.plan.hlo import Computation, Executed, Instruction
+from datencoder_jax.plan.work import meeting_pairs
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
@@ -43,6 +45,7 @@ class Costs:
 
     Attributes:
         flops, bytes: operations, and bytes read and written; equation (1).
+        kernels: how many fusions, library calls and copies run.
         traffic: collectives by kind.
         known: whether every loop with a product or a collective in it has a known number of turns; each unknown one
             counts as one turn.
@@ -52,6 +55,7 @@ class Costs:
     bytes: float
     traffic: dict[str, Traffic] = field(default_factory=dict)
     known: bool = True
+    kernels: int = 0
 
     @property
     def sent(self) -> float:
@@ -62,18 +66,20 @@ class Costs:
 def costs(compiled: Any, devices: int) -> Costs:
     """Of a compiled program for so many devices."""
     counted = compiled.cost_analysis() or {}
-    return count(compiled.as_text(), devices, counted.get("flops", 0.0), counted.get("bytes accessed", 0.0))
+    return count(compiled.as_text(), devices, counted.get("flops"), counted.get("bytes accessed"))
 
 
-def count(text: str, devices: int, flops: float, bytes: float) -> Costs:
-    """Of a program by its text, and by what XLA counts."""
-    found = Costs(flops, bytes)
+def count(text: str, devices: int, flops: float | None, bytes: float | None) -> Costs:
+    """Of a program by its text, and by what XLA counts; None where it does not."""
+    found = Costs(flops or 0.0, bytes or 0.0)
     products, moved = _Share(), _Share()
     seen = set()
     for step in hlo.executed(text):
         product = operations(step.instruction, step.computation)
         products.add(product, step.times)
         moved.add(_moved(step), step.times)
+        if not step.fused and step.instruction.opcode in _KERNELS:
+            found.kernels += step.times
         kind = _kind(step)
         if kind and not _seen(step.instruction, kind, seen):
             traffic = found.traffic.setdefault(kind, Traffic())
@@ -82,8 +88,8 @@ def count(text: str, devices: int, flops: float, bytes: float) -> Costs:
             traffic.known &= step.known
         if (kind or product) and not step.known:
             found.known = False
-    found.flops *= products.ratio
-    found.bytes *= moved.ratio
+    found.flops = products.all if flops is None else flops * products.ratio
+    found.bytes = moved.all if bytes is None else bytes * moved.ratio
     return found
 
 
@@ -190,7 +196,7 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
 
         before = int(option("pad", "0_0").split("_")[0])
         stride, spread, apart = (int(option(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
-        taps *= _valid(
+        taps *= meeting_pairs(
             left[labels[1].index(axis)],
             right[labels[2].index(axis)],
             result[labels[3].index(axis)],
@@ -205,22 +211,8 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
     return 2.0 * batch * inputs * outputs * taps
 
 
-def _valid(inputs: int, kernel: int, outputs: int, before: int, stride: int, spread: int, apart: int) -> int:
-    """Pairs of a result and a weight that meet a number of the input along one axis."""
-    end = (inputs - 1) * spread + 1
-    found = 0
-    for k in range(kernel):
-        # Positions k apart - before + o stride, o = 0 .. outputs - 1, in [0, end) and at multiples of spread.
-        first = k * apart - before
-        if spread == 1:
-            low = max(0, -(first // stride))
-            high = min(outputs - 1, (end - 1 - first) // stride)
-            found += max(0, high - low + 1)
-        else:
-            places = (first + o * stride for o in range(outputs))
-            found += sum(0 <= place < end and place % spread == 0 for place in places)
-    return found
-
+_KERNELS = frozenset(("fusion", "custom-call", "copy", "dot", "convolution", "sort", "scatter", "reduce-window"))
+"""Instructions that a device launches as a kernel of their own."""
 
 _NOTHING = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")

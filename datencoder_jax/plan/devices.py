@@ -1,13 +1,17 @@
-"""The chips a plan is for: those of a TPU topology that need not be there, or this machine's."""
+"""The devices that a plan is for: a TPU slice or GPUs that need not be present, or this machine's own."""
 
+import importlib.util
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import jax
 
 from datencoder_jax.errors import UserError
-from datencoder_jax.runtime.hardware import Chip, find_chip
+from datencoder_jax.runtime.hardware import GPUS, Chip, describe_gpu, find_chip
+from datencoder_jax.runtime.target import Target
 
 
 @dataclass(frozen=True)
@@ -19,34 +23,117 @@ class Machine:
         devices: JAX's.
         chip: the peaks of each; None where they are not known.
         memory: bytes of each; None where that is not known.
+        present: whether the devices are this machine's own.
     """
 
     name: str
     devices: list[Any]
     chip: Chip | None
     memory: int | None
+    present: bool = True
+
+    @property
+    def target(self) -> Target:
+        """What each of the devices is."""
+        return Target.of(self.devices[0])
+
+    @property
+    def target_with_memory(self) -> Target:
+        """As `target`, with the published memory of a device that is not present."""
+        return self.target if self.present else replace(self.target, memory=self.chip and round(self.chip.hbm * 1.01))
+
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA's options for compiling without running.
+
+        On CPUs no machine code is optimized: memory is laid out before. For GPUs that are not present nothing is tuned
+        by timing, for which XLA would run kernels; a GPU that is present is compiled for as it is used.
+        """
+        options: dict[str, Any] = dict(self.target.compiler_options())
+        if self.target.platform == "cpu":
+            return options | {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        if self.target.platform == "cuda" and not self.present:
+            return options | {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+        return options
 
 
 def find_machine(topology: str | None) -> Machine:
-    """The TPU slice of this name, such as "v5e:4x4", or this machine where none is given.
+    """The machine of this name, or this one where none is given.
+
+    Args:
+        topology: a TPU slice such as "v5e:4x4", a GPU of `hardware.GPUS` such as "H100", or several of one host such as
+            "8xH100".
 
     Raises:
-        UserError: there is no such slice, or the compiler for it is not installed.
+        UserError: there is no such slice or GPU, or the compiler for it is not installed.
     """
     if topology is None:
         devices = jax.devices()
         chip = find_chip(devices[0])
-        return Machine(_named(devices), devices, chip, _memory(devices, chip))
-    devices = _tpu(topology)
+        return Machine(_describe_devices(devices), devices, chip, _memory_of_device(devices, chip))
+    devices = _gpu_devices(topology) if ":" not in topology else _tpu_devices(topology)
     chip = find_chip(devices[0])
-    return Machine(f"{topology}, {_named(devices)}", devices, chip, chip and chip.hbm)
+    return Machine(f"{topology}, {_describe_devices(devices)}", devices, chip, chip and chip.hbm, present=False)
 
 
-def _named(devices: list) -> str:
+def _describe_devices(devices: list) -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-def _tpu(topology: str) -> list:
+_GPU_PACKAGES = {
+    "jax-cuda12-plugin": "jax_plugins.xla_cuda12",
+    "jax-cuda12-pjrt": "jax_plugins.xla_cuda12",
+    "nvidia-cudnn-cu12": "nvidia.cudnn",
+    "nvidia-cuda-nvcc-cu12": "nvidia.cuda_nvcc",
+}
+"""The packages of the extra `plan-gpu`, and a module of each."""
+
+
+def _gpu_devices(topology: str) -> list:
+    names = {name.lower(): name for name in GPUS}
+    match = re.fullmatch(r"(?:(\d+)x)?(\w+)", topology)
+    count, name = (int(match[1] or 1), names.get(match[2].lower())) if match else (0, None)
+    if name is None or not 1 <= count <= 8:
+        raise UserError(
+            f"there is no topology {topology!r}; name a GPU ({', '.join(GPUS)}), up to eight of one host such as "
+            "8xH100, or a TPU slice such as v5e:4x4"
+        )
+    _check_gpu_compiler()
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=describe_gpu(name)
+        )
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"the compiler for GPUs does not start ({reason}); reinstall {_GPU_EXTRA}") from error
+    return description.devices
+
+
+_GPU_EXTRA = 'pip install "datencoder_jax[plan-gpu]"'
+
+
+def _check_gpu_compiler() -> None:
+    """Raises `UserError` where a package of the compiler for GPUs is missing, or is of another version than jaxlib."""
+    missing = [package for package, module in _GPU_PACKAGES.items() if not _has_module(module)]
+    if missing:
+        raise UserError(f"the compiler for GPUs is not installed ({', '.join(missing)}): {_GPU_EXTRA}")
+    plugin, jaxlib = metadata.version("jax-cuda12-plugin"), metadata.version("jaxlib")
+    if plugin.split(".")[:3] != jaxlib.split(".")[:3]:
+        raise UserError(
+            f"jax-cuda12-plugin {plugin} does not belong to jaxlib {jaxlib}: pip install jax-cuda12-plugin=={jaxlib} "
+            f"jax-cuda12-pjrt=={jaxlib}"
+        )
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
+
+
+def _tpu_devices(topology: str) -> list:
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -65,10 +152,12 @@ def _tpu(topology: str) -> list:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         said = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
-        raise UserError(f"there is no TPU slice {topology} ({said}); try v5e:4x4, v6e:8x8 or v5p:4x4x4") from error
+        raise UserError(
+            f"there is no TPU slice {topology} ({said}); try v5e:4x4, v6e:8x8 or v5p:4x4x4, or a GPU such as H100"
+        ) from error
 
 
-def _memory(devices: list, chip: Chip | None) -> int | None:
+def _memory_of_device(devices: list, chip: Chip | None) -> int | None:
     """Bytes that each device may use; those of a CPU share the machine's."""
     if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
         return int(limit)

@@ -1,7 +1,7 @@
 """A program compiled and not run: what it needs of a chip's memory, and how fast a chip could be at best.
 
-With the operations `F`, the bytes moved in memory `M` and the bytes sent to other chips `S` of `plan.costs`, all of one
-chip, and the chip's peaks `f`, `m` and `s`, a run takes at least
+With the operations `F` of `plan.work`, the bytes moved in memory `M` and the bytes sent to other chips `S` of
+`plan.costs`, all of one chip, and the chip's peaks `f`, `m` and `s`, a run takes at least
 
     T = max(F / f, M / m, S / s)                                                                     (1)
 
@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 
-from datencoder_jax.compilation import compiler_options
 from datencoder_jax.plan.costs import Costs, costs
 from datencoder_jax.plan.devices import Machine
-from datencoder_jax.plan.programs import Program, bytes_per_chip
+from datencoder_jax.plan.dry_run import PlannedProgram
+from datencoder_jax.plan.work import trace_work
 from datencoder_jax.runtime.hardware import Chip
 
 
@@ -32,7 +32,7 @@ class Room:
         results: what it returns, but for what takes the place of an argument.
         temporaries: what it works in.
         code: the program.
-        beside: networks that stay on the chip and are no argument.
+        beside: what stays on the chip and is no argument, such as networks that the program does not read.
         available: of the chip; None where that is not known.
     """
 
@@ -81,35 +81,38 @@ class Result:
         times: estimates; None where the chip's peaks are not known.
         seconds: spent compiling.
         refused: what the compiler said; None where it did compile.
+        text: the compiled program; "" where there is none.
     """
 
-    program: Program
+    program: PlannedProgram
     room: Room
     costs: Costs | None
     times: Times | None
     seconds: float
     refused: str | None = None
+    text: str = ""
 
     @property
     def fits(self) -> bool:
         return self.refused is None and self.room.fits
 
-    def beside(self, resident: int) -> "Result":
-        """The same with so many bytes of networks on the chip that are no argument."""
-        return replace(self, program=replace(self.program, resident=resident), room=replace(self.room, beside=resident))
+    def for_program(self, program: PlannedProgram) -> "Result":
+        """The same for a program that compiles to the same, beside other networks."""
+        beside = max(program.resident - self.room.arguments, 0)
+        return replace(self, program=program, room=replace(self.room, beside=beside))
 
     @property
-    def pictures_per_second(self) -> float | None:
-        return self.program.pictures / self.times.least if self.times else None
+    def images_per_second(self) -> float | None:
+        return self.program.images / self.times.least if self.times else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; bytes, operations and seconds, of one chip and one run."""
         found: dict[str, Any] = {
             "program": self.program.name,
             "chips": self.program.devices,
-            "pictures": self.program.pictures,
+            "images": self.program.images,
             "fits": self.fits,
-            "memory": asdict(self.room) | {"total": self.room.total, "parts": self.program.parts},
+            "memory_bytes": asdict(self.room) | {"total": self.room.total, "parts": self.program.parts},
             "compile_seconds": self.seconds,
         }
         if self.refused:
@@ -120,46 +123,45 @@ class Result:
                 "bytes": self.costs.bytes,
                 "sent": self.costs.sent,
                 "collectives": {kind: asdict(traffic) for kind, traffic in self.costs.traffic.items()},
+                "kernels": self.costs.kernels,
                 "loops_known": self.costs.known,
             }
         if self.times:
             found["estimate"] = asdict(self.times) | {
                 "seconds": self.times.least,
                 "limit": self.times.limit,
-                "pictures_per_second": self.pictures_per_second,
+                "images_per_second": self.images_per_second,
             }
         return found
 
 
-_NO_CODE: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""For CPUs: what is compiled here is never run, and memory is laid out before there is machine code."""
-
-
-def measure(program: Program, machine: Machine) -> Result:
+def measure(program: PlannedProgram, machine: Machine) -> Result:
     """Compiles a program for a machine."""
-    arguments = bytes_per_chip(program.arguments)
     started = time.perf_counter()
-    options = compiler_options() | _NO_CODE if machine.devices[0].platform == "cpu" else None
     try:
-        compiled = program.function.lower(*program.arguments).compile(options)
+        compiled = program.traced.lower().compile(machine.compiler_options())
     except jax.errors.JaxRuntimeError as error:
         needed = refused_for_memory(str(error))
         if needed is None:
             raise
         required, available = needed
-        room = Room(arguments, 0, max(required - arguments, 0), 0, program.resident, available)
+        room = Room(program.resident, 0, max(required - program.resident, 0), 0, 0, available)
         return Result(program, room, None, None, time.perf_counter() - started, str(error).splitlines()[0])
     seconds, sizes = time.perf_counter() - started, compiled.memory_analysis()
+    assert sizes is not None, "every compiler used here tells the memory of a program"
     room = Room(
         sizes.argument_size_in_bytes,
         sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         sizes.temp_size_in_bytes,
         sizes.generated_code_size_in_bytes,
-        program.resident,
+        max(program.resident - sizes.argument_size_in_bytes, 0),
         machine.memory,
     )
-    found = costs(compiled, program.devices)
-    return Result(program, room, found, machine.chip and estimate(found, machine.chip), seconds)
+    found, work = costs(compiled, program.devices), trace_work(program.traced)
+    found = replace(found, flops=work.total / program.devices, known=found.known and work.known)
+    return Result(
+        program, room, found, machine.chip and estimate(found, machine.chip), seconds, text=compiled.as_text() or ""
+    )
 
 
 def estimate(found: Costs, chip: Chip) -> Times:

@@ -12,7 +12,7 @@ def table(results: Sequence[Result]) -> str:
     """One column per program; sizes in GB (1e9 bytes), of one chip and one run."""
     rows: list[tuple[str, Callable[[Result], str]]] = [
         ("chips", lambda r: str(r.program.devices)),
-        ("pictures a run", lambda r: str(r.program.pictures)),
+        ("images a run", lambda r: str(r.program.images)),
         ("arguments", lambda r: _number(r.room.arguments / _GB)),
         ("results", lambda r: _number(r.room.results / _GB)),
         ("temporaries", lambda r: _number(r.room.temporaries / _GB)),
@@ -23,6 +23,7 @@ def table(results: Sequence[Result]) -> str:
         ("fits", lambda r: "yes" if r.fits else "NO"),
         ("TFLOP", lambda r: _number(r.costs.flops / 1e12) if r.costs else ""),
         ("moved in memory", lambda r: _number(r.costs.bytes / _GB) if r.costs else ""),
+        ("kernels", lambda r: f"{r.costs.kernels:,}" if r.costs else ""),
         ("sent to chips", lambda r: _number(r.costs.sent / _GB) if r.costs else ""),
         *((f"  {kind}", _traffic(kind)) for kind in KINDS if any(r.costs and kind in r.costs.traffic for r in results)),
     ]
@@ -31,7 +32,7 @@ def table(results: Sequence[Result]) -> str:
             ("estimated ms, computing", lambda r: _number(1e3 * r.times.compute) if r.times else ""),
             ("estimated ms, memory", lambda r: _number(1e3 * r.times.memory) if r.times else ""),
             ("estimated ms, links", lambda r: _number(1e3 * r.times.links) if r.times else ""),
-            ("estimated pictures/s", lambda r: _number(r.pictures_per_second) if r.pictures_per_second else ""),
+            ("estimated images/s", lambda r: _number(r.images_per_second) if r.images_per_second else ""),
         ]
     rows.append(("seconds to compile", lambda r: f"{r.seconds:.0f}"))
     cells = [["", *(r.program.name for r in results)], *([name, *(say(r) for r in results)] for name, say in rows)]
@@ -42,6 +43,24 @@ def table(results: Sequence[Result]) -> str:
         ).rstrip()
         for row in cells
     )
+
+
+ROW_HEADER = (
+    "| model | method | setting | program | memory | of it work | fits | TFLOP | moved | kernels | ms at least "
+    "| bound by | compile s |\n" + "|---" * 13 + "|"
+)
+
+
+def row(labels: Sequence[str], result: Result) -> str:
+    """A program as a row under `ROW_HEADER`."""
+    cells = [*labels, _number(result.room.total / _GB), _number(result.room.temporaries / _GB)]
+    cells.append("yes" if result.fits else "NO")
+    if result.costs:
+        cells += [_number(result.costs.flops / 1e12), _number(result.costs.bytes / _GB), f"{result.costs.kernels:,}"]
+    else:
+        cells += [""] * 3
+    cells += [_number(1e3 * result.times.least), result.times.limit] if result.times else [""] * 2
+    return f"| {' | '.join([*cells, f'{result.seconds:.0f}'])} |"
 
 
 def _traffic(kind: str) -> Callable[[Result], str]:

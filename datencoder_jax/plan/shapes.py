@@ -11,13 +11,18 @@ import jax.numpy as jnp
 
 from datencoder_jax.base import Base
 from datencoder_jax.diffusion.schedule import ScheduleConfig
+from datencoder_jax.encoder.domain_encoder import DomainEncoder
 from datencoder_jax.encoder.tuning_encoder import TuningEncoder
+from datencoder_jax.memory import Memory
+from datencoder_jax.methods import METHODS
 from datencoder_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
-from datencoder_jax.training.encoder_stage import abstract_config
+from datencoder_jax.pipeline import Pipeline
+from datencoder_jax.plan.dry_run import hollow_pipeline, tokenizer_folders
+from datencoder_jax.training.encoder_stage import abstract_config, abstract_domain_config
 
 _TEXT_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
 _TEXT_H = CLIPTextConfig(
@@ -92,6 +97,22 @@ def tuning_encoder(base: Base, sizes: Mapping[str, Any] = ENCODER) -> Model:
     config = abstract_config(base, **sizes)
     params: Any = abstract_params(TuningEncoder, config)
     return Model(TuningEncoder, config, params)
+
+
+def domain_encoder(base: Base, domain: str, sizes: Mapping[str, Any] = ENCODER) -> Model:
+    """E4T's encoder of a domain for a base model with a vision tower, in float32."""
+    config = abstract_domain_config(base, domain, **sizes)
+    params: Any = abstract_params(DomainEncoder, config)
+    return Model(DomainEncoder, config, params)
+
+
+def pipeline_of_version(version: str, method: str, memory: Memory) -> Pipeline:
+    """Stable Diffusion of one of `VERSIONS` in bfloat16, with the encoder that a method needs, of hollow arrays."""
+    kind = METHODS[method].encoder
+    base, encoder = stable_diffusion(version, "bfloat16", vision=kind is not None), None
+    if kind is not None:
+        encoder = tuning_encoder(base) if kind == "encoder" else domain_encoder(base, "face")
+    return hollow_pipeline(base, tokenizer_folders(base), memory, name=f"Stable Diffusion {version}", encoder=encoder)
 
 
 def base_of_folder(path: Path, dtype: str) -> Base:

@@ -221,7 +221,7 @@ class E4TTask:
         if params is not None:
             seen, empty = see(base, to_float(images), self.config.patch_taps), base.condition(frozen.empty_ids)
             classes, patches = (x.astype(jnp.float32)[:, None] for x in (seen.classes, seen.patches))
-            scale = jnp.full(1, self.config.scale)
+            scale = jnp.full(1, self.config.scale, jnp.float32)
             reader = Reader(encoder_of(self.config, params), classes, patches, empty.context, empty.pooled, scale)
             variables = Variables(frozen.word, offsets_of(self.config, params), reader=reader)
         return decode(base, sample_latents(base, ddim(base.schedule, _PREVIEW_STEPS), request, variables))

@@ -82,9 +82,17 @@ def _encoder_config(base: Base, norm: float, *, hypernetwork: bool = True, **siz
 
 def domain_config(pipeline: Pipeline, domain: str, **sizes) -> DomainConfig:
     """As `encoder_config`, of E4T's encoder of a domain: it fills nothing; q, k and v have offsets that are shared."""
-    config = encoder_config(pipeline, blend=1.0, **sizes)
+    return _with_shared_offsets(encoder_config(pipeline, blend=1.0, **sizes), domain)
+
+
+def abstract_domain_config(base: Base, domain: str, **sizes) -> DomainConfig:
+    """As `domain_config`, for a base model of `jax.ShapeDtypeStruct`s."""
+    return _with_shared_offsets(abstract_config(base, blend=1.0, **sizes), domain)
+
+
+def _with_shared_offsets(config: EncoderConfig, domain: str) -> DomainConfig:
     shared = tuple(row for row in config.inventory if row[0].endswith((".to_q", ".to_k", ".to_v")))
-    own: dict[str, Any] = {each.name: getattr(config, each.name) for each in fields(config)}
+    own: dict[str, Any] = {option.name: getattr(config, option.name) for option in fields(config)}
     own["inventory"] = ()
     return DomainConfig(**own, domain=domain, shared=shared)
 
@@ -295,10 +303,11 @@ def _decoded(base: Base, moments: np.ndarray) -> np.ndarray:
 
 def abstract_task(
     config, base: Base, mesh: jax.sharding.Mesh
-) -> tuple[TuningEncoderTask, dict[str, jax.ShapeDtypeStruct]]:
+) -> tuple[TuningEncoderTask | E4TTask, dict[str, jax.ShapeDtypeStruct]]:
     """The task of a recipe on shapes alone, and the shapes of a global batch: for compiling without weights or data.
 
     Args:
+        config: a resolved recipe of the stages "encoder" or "e4t".
         base: a base model of `jax.ShapeDtypeStruct`s with a vision tower.
         mesh: of the devices it is compiled for.
 
@@ -306,22 +315,25 @@ def abstract_task(
         UserError: the batch cannot be shared evenly.
     """
     _check_batch(config, mesh)
-    sizes = abstract_config(base, **config.encoder)
     shape: Any = jax.ShapeDtypeStruct
     length = base.text.config.max_position_embeddings
     ids, templates = shape((1, length), jnp.int32), shape((len(TEMPLATES), length), jnp.int32)
-    task = TuningEncoderTask(
-        sizes,
-        Frozen(base, ids, templates),
-        None,
-        None,
-        batch_size=config.batch_size,
-        weights=Weights(**config.weights),
-        draws=config.get("draws", 1),
-        accumulate=config.accumulate,
-        remat=config.remat,
-        mesh=mesh if mesh.size > 1 else None,
-    )
+    common = {"batch_size": config.batch_size, "accumulate": config.accumulate, "remat": config.remat}
+    if config.stage == "e4t":
+        frozen = E4TFrozen(base, ids, templates, shape((1, sum(base.widths)), jnp.float32))
+        sizes = abstract_domain_config(base, config.domain, **config.encoder)
+        task = E4TTask(sizes, frozen, None, None, weights=E4TWeights(**config.weights), **common)
+    else:
+        task = TuningEncoderTask(
+            abstract_config(base, **config.encoder),
+            Frozen(base, ids, templates),
+            None,
+            None,
+            weights=Weights(**config.weights),
+            draws=config.get("draws", 1),
+            mesh=mesh if mesh.size > 1 else None,
+            **common,
+        )
     count, side, seen = config.batch_size, config.resolution, base.eyes.config.image_size
     batch = {
         "images": shape((count, side, side, 3), jnp.uint8),

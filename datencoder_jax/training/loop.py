@@ -228,10 +228,10 @@ def _state(
     return jax.jit(lambda params: start(params, config), out_shardings=shardings)(placed), False
 
 
-def lower_step(
+def trace_step(
     task: Task, config: Any, state: TrainState, frozen: Any, batch: dict, mesh: Mesh, *, keep_unused: bool = False
-) -> jax.stages.Lowered:
-    """The training step, lowered for these arrays (or shapes with shardings) and the devices of `mesh`.
+) -> jax.stages.Traced:
+    """The training step for these arrays (or shapes with shardings), traced for the devices of `mesh`.
 
     It takes over the state's memory.
 
@@ -241,7 +241,7 @@ def lower_step(
     shardings = jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, on_mesh.WHOLE)
     jitted = jax.jit(make_step(task, config), donate_argnums=0, out_shardings=shardings, keep_unused=keep_unused)
     with lowering_for(Target.of(mesh.devices.flat[0])), sharing_batch(mesh if mesh.size > 1 else None):
-        return jitted.lower(state, frozen, batch)
+        return jitted.trace(state, frozen, batch)
 
 
 def _compile(task: Task, config: Any, state: TrainState, frozen: Any, batch: dict, mesh: Mesh) -> Any:
@@ -250,7 +250,7 @@ def _compile(task: Task, config: Any, state: TrainState, frozen: Any, batch: dic
     quiet, since = jax.process_index() > 0, time.perf_counter()
     if not quiet:
         print("compiling the training step (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
-    lowered = lower_step(task, config, state, frozen, batch, mesh)
+    lowered = trace_step(task, config, state, frozen, batch, mesh).lower()
     compiled = lowered.compile(Target.of(mesh.devices.flat[0]).compiler_options())
     if not quiet:
         print(f"{time.perf_counter() - since:.1f} s", file=sys.stderr, flush=True)
