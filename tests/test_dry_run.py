@@ -30,14 +30,6 @@ def plain(tmp_path_factory):
     return replace(pipeline, domain=random_model(DomainEncoder, config, 5))
 
 
-def hollow(pipeline, **changes):
-    """The pipeline with arrays that take no memory, as a plan has it."""
-    networks = {
-        name: jax.tree.map(dry_run.hollow_array, getattr(pipeline, name)) for name in ("base", "encoder", "domain")
-    }
-    return replace(pipeline, **networks, **changes)
-
-
 def run(pipeline, method):
     word = "robot" if METHODS[method].word is not None else None
     result = api.personalize(pipeline, list(pictures(1)), method=method, word=word, steps=STEPS, quiet=True)
@@ -80,7 +72,9 @@ def test_a_plan_has_the_programs_of_a_run_to_the_letter(plain, method, memory, m
     pipeline = replace(plain, memory=memory)
     if memory.in_parts:
         pipeline = replace(pipeline, base=jax.device_get(pipeline.base), encoder=jax.device_get(pipeline.encoder))
-    programs = dry_run.record_programs(hollow(pipeline), jax.devices()[0], method=method, word="robot", steps=STEPS)
+    programs = dry_run.record_programs(
+        dry_run.without_weights(pipeline), jax.devices()[0], method=method, word="robot", steps=STEPS
+    )
     planned = [(program.name, program.traced.lower().as_text()) for program in programs]
     compiled = texts_of_a_run(pipeline, method, monkeypatch)
     assert [name for name, _ in planned] == [name for name, _ in compiled]
@@ -95,7 +89,7 @@ def test_hollow_arrays_take_no_memory():
 
 def test_nothing_is_compiled_in_a_dry_run(plain, monkeypatch):
     monkeypatch.setattr(compilation.Program, "_compile", None)
-    names = [p.name for p in dry_run.record_programs(hollow(plain), jax.devices()[0], steps=STEPS)]
+    names = [p.name for p in dry_run.record_programs(dry_run.without_weights(plain), jax.devices()[0], steps=STEPS)]
     assert names == [
         "prediction", "VAE encoding", "text encoding", "subject mask", "initial state", "tuning", "sampling"
     ]  # fmt: skip
@@ -125,7 +119,9 @@ def trace_for_hopper(monkeypatch):
     def trace(pipeline, method, **options):
         half = {n: getattr(pipeline.base, n).cast("bfloat16", "bfloat16") for n in ("unet", "vae", "text", "vision")}
         pipeline = replace(pipeline, base=replace(pipeline.base, **half))
-        programs = dry_run.record_programs(hollow(pipeline), Hopper(), method=method, word="robot", **options)
+        programs = dry_run.record_programs(
+            dry_run.without_weights(pipeline), Hopper(), method=method, word="robot", **options
+        )
         return {program.name: str(program.traced.jaxpr) for program in programs}
 
     return trace

@@ -77,14 +77,16 @@ def ready(
         slots: int `[batch, l]`, which of the concept's vectors each position of the context holds, -1 for none.
     """
 
+    bases = orthonormal_bases({path: edit.directions for path, edit in edits.items() if isinstance(edit, Removed)})
+    along = None if gate is None else _along(gate)
+
     def one(path: str, edit: Edit) -> Ready:
         if isinstance(edit, Removed):
-            basis = jnp.linalg.qr(edit.directions)[0]
-            weight = weights[f"{path}.weight"].astype(basis.dtype)
-            return LowRank(-weight @ basis, basis.T)
+            weight = weights[f"{path}.weight"].astype(bases[path].dtype)
+            return LowRank(-weight @ bases[path], bases[path].T)
         if isinstance(edit, Gated):
-            assert gate is not None, "gated edits need their gate"
-            return _gated(edit, gate, weights[f"{path}.weight"])
+            assert gate is not None and along is not None, "gated edits need their gate"
+            return _gated(edit, gate, along, weights[f"{path}.weight"])
         if isinstance(edit, Residual):
             assert slots is not None, "residuals need to know where the concept stands"
             return ReadyResidual(jnp.where(slots[..., None] >= 0, edit.residual[slots], 0.0))
@@ -93,15 +95,36 @@ def ready(
     return {path: one(path, edit) for path, edit in edits.items()}
 
 
-def _gated(edit: Gated, gate: Gate, weight: jax.Array) -> ReadyGated:
+def orthonormal_bases(directions: Mapping[str, AnyArray]) -> dict[str, jax.Array]:
+    """`Q` of the decomposition of every matrix `[out, r]`, those of one shape decomposed together.
+
+    A decomposition is a loop or a library call of its own on every device, and a UNet has 128 matrices of three shapes.
+    """
+    by_shape: dict[tuple, list[str]] = {}
+    for path, matrix in directions.items():
+        by_shape.setdefault(matrix.shape, []).append(path)
+    bases = {}
+    for paths in by_shape.values():
+        stacked = jnp.linalg.qr(jnp.stack([jnp.asarray(directions[path]) for path in paths]))[0]
+        bases |= dict(zip(paths, stacked, strict=True))
+    return bases
+
+
+def _along(gate: Gate) -> jax.Array:
+    """`u` of equation (4), `[k, in]`, which all gated edits share."""
     gate = jax.lax.stop_gradient(gate)
     gram = gate.direction @ gate.dual.T
-    energy = jnp.diagonal(gram)[:, None]
     # Scaled to a diagonal of ones, so that what counts as one direction does not depend on the concepts' lengths.
-    length = jnp.sqrt(energy)
+    length = jnp.sqrt(jnp.diagonal(gram)[:, None])
     inverse = jnp.linalg.pinv(gram / (length * length.T), rtol=_ONE_DIRECTION, hermitian=True) / (length * length.T)
+    return inverse @ gate.dual
+
+
+def _gated(edit: Gated, gate: Gate, along: jax.Array, weight: jax.Array) -> ReadyGated:
+    gate = jax.lax.stop_gradient(gate)
+    energy = jnp.einsum("kd,kd->k", gate.direction, gate.dual)[:, None]
     return ReadyGated(
-        along=inverse @ gate.dual,
+        along=along,
         seen=gate.dual / energy,
         removed=jnp.asarray(gate.direction) @ weight.astype(jnp.float32),
         output=edit.output,

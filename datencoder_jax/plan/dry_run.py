@@ -96,6 +96,12 @@ def hollow_pipeline(
     )
 
 
+def without_weights(pipeline: Pipeline) -> Pipeline:
+    """A loaded pipeline with hollow arrays in place of its weights."""
+    parts = {name: getattr(pipeline, name) for name in ("base", "encoder", "domain")}
+    return replace(pipeline, **jax.tree.map(hollow_array, parts))
+
+
 def tokenizer_folders(base: Base) -> list[Path]:
     """The folders of the shipped CLIP tokenizers that Stable Diffusion's text towers read."""
     if base.text_2 is not None:

@@ -106,7 +106,7 @@ def _flash_attention(equation: Any) -> float:
     Both halves compute the scores and `dp`; one of them then `dk` and `dv`, the other `dq`.
     """
     queries, keys = (variable.aval.shape for variable in equation.invars[:2])  # [batch, heads, length, head_dim]
-    name = str(equation.params.get("name_and_src_info", equation.params.get("name", "")))
+    name = _kernel_name(equation)
     products = 4 if "dkv" in name else 3 if "dq" in name else 2
     return 2.0 * products * math.prod(queries) * keys[2]
 
@@ -154,3 +154,25 @@ def meeting_pairs(
 def trace_work(traced: jax.stages.Traced) -> Work:
     """The operations of a traced program."""
     return count_work(traced.jaxpr)
+
+
+def count_attention(jaxpr: Any) -> tuple[int, int]:
+    """How many fused attentions a jaxpr has, forward and backward, each place counted once however often it runs."""
+    forward = backward = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = equation.primitive.name
+        kernel = _kernel_name(equation) if name == "pallas_call" else name
+        if name == "pallas_call" or name.startswith("dot_product_attention"):
+            is_backward = "bwd" in kernel
+            forward += not is_backward
+            # Of the TPU kernels' two for the gradient the one for queries counts.
+            backward += is_backward and "dkv" not in kernel
+        else:
+            for inner in _inner_jaxprs(equation):
+                counts = count_attention(inner)
+                forward, backward = forward + counts[0], backward + counts[1]
+    return forward, backward
+
+
+def _kernel_name(equation: Any) -> str:
+    return str(equation.params.get("name_and_src_info", equation.params.get("name", "")))

@@ -1,0 +1,71 @@
+"""Compiling for accelerators that are not there, which `make test-accelerators` does in an environment of its own.
+
+The rows of what was compiled are printed at the end and written to `$ACCELERATORS_TABLE`.
+"""
+
+import os
+from pathlib import Path
+
+from datencoder_jax.plan.environment import prepare_environment
+
+prepare_environment()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_enable_compilation_cache", False)  # compiling is what is tested
+
+HEADER = (
+    "device",
+    "program",
+    "memory, GB",
+    "of it work",
+    "fused attention",
+    "TFLOP",
+    "moved, GB",
+    "kernels",
+    "compile, s",
+)
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = [
+        row
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, row in getattr(report, "user_properties", ())
+        if name == "compiled" and report.when == "call"
+    ]
+    if not rows:
+        return
+    lines = [f"| {' | '.join(cells)} |" for cells in (HEADER, ("---",) * len(HEADER), *sorted(rows))]
+    terminalreporter.section("compiled for accelerators")
+    terminalreporter.write_line("\n".join(lines))
+    if path := os.environ.get("ACCELERATORS_TABLE"):
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def compiled(record_property):
+    """Compiles a planned program for a machine, and keeps its row for the table."""
+    from datencoder_jax.plan import inspection
+    from datencoder_jax.plan.measure import measure
+
+    def compile_program(program, machine, label):
+        result = measure(program, machine)
+        assert result.refused is None, result.refused
+        forward, backward = inspection.fused_attention(result.text)
+        cells = (
+            f"{result.room.total / 1e9:.2f}",
+            f"{result.room.temporaries / 1e9:.2f}",
+            f"{forward} + {backward}" if forward else "",
+            f"{result.costs.flops / 1e12:.3g}",
+            f"{result.costs.bytes / 1e9:.3g}",
+            f"{result.costs.kernels:,}",
+            f"{result.seconds:.0f}",
+        )
+        record_property("compiled", (machine.name.split(",")[0], f"{label}: {program.name}", *cells))
+        return result
+
+    return compile_program

@@ -1,0 +1,88 @@
+"""Every program that personalizing and drawing run, compiled for a GPU and a TPU, and checked on the compiled text."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import pytest
+
+import datencoder_jax
+from datencoder_jax.memory import PRESETS, Memory
+from datencoder_jax.methods import METHODS
+from datencoder_jax.plan import inspection, shapes
+from datencoder_jax.plan.devices import find_machine
+from datencoder_jax.plan.dry_run import record_programs, without_weights
+from datencoder_jax.plan.work import count_attention
+
+TOPOLOGIES = ("H100", "v5e:1x1")
+FLOAT32_PLACES = (
+    "encoder/",  # the tuning-encoder, which is trained in float32
+    "objectives/",
+    "methods/text_metric.py",
+    "models/edits.py",  # PaRa's decomposition and Perfusion's gates
+    "base.py:Base.vision_input",  # resizing pixels
+    "tuning.py:views_of",  # cropping them
+)
+"""Files and functions whose products are meant to have float32 factors."""
+
+BUDGETS = {
+    ("1.5", 0, "H100"): {"prediction": 4.2, "subject mask": 4.6, "tuning": 13.0, "sampling": 6.6},
+    ("1.5", 0, "v5e:1x1"): {"prediction": 4.6, "subject mask": 5.4, "tuning": 15.9, "sampling": 8.2},
+    ("1.5", 8, "H100"): {"prediction": 2.6, "subject mask": 2.4, "tuning": 3.6, "sampling": 2.6, "VAE decoding": 1.0},
+    ("1.5", 8, "v5e:1x1"): {
+        "prediction": 2.9,
+        "subject mask": 2.4,
+        "tuning": 3.6,
+        "sampling": 2.6,
+        "VAE decoding": 1.0,
+    },
+}
+"""GB of a device that a program may take, with all that lies beside it, by model, `--memory` and device."""
+
+
+@functools.cache
+def toyworld():
+    """The embedded model in bfloat16, weights and computations, with E4T's encoder of a domain beside its own."""
+    pipeline = datencoder_jax.load(dtype="bfloat16", compute_dtype="bfloat16")
+    domain = shapes.domain_encoder(pipeline.base, "robot", {"rank": 4, "width": 64, "depth": 1, "heads": 2})
+    return without_weights(replace(pipeline, domain=domain))
+
+
+def check_compiled(result):
+    """What holds for every program; see `plan.inspection`."""
+    program, text = result.program, result.text
+    assert not inspection.host_callbacks(text)
+    assert not inspection.float32_products(text, FLOAT32_PLACES)
+    # Every attention that is traced as a fused one is compiled as one; nobody needs the gradient of some.
+    traced, compiled = count_attention(program.traced.jaxpr), inspection.fused_attention(text)
+    assert compiled[0] == traced[0] and compiled[1] <= traced[1]
+    if program.name == "tuning":
+        assert inspection.aliased_outputs(text) == len(jax.tree.leaves(program.arguments[0]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_embedded_model(topology, method, compiled):
+    machine, names = find_machine(topology), []
+    for program in record_programs(toyworld(), machine.devices[0], method=method, word="robot"):
+        result = compiled(program, machine, f"toyworld {method}")
+        check_compiled(result)
+        names.append(program.name)
+        if machine.target.platform == "cuda" and program.name in ("tuning", "sampling"):
+            assert inspection.fused_attention(result.text)[0] > 0
+    assert {"VAE encoding", "tuning", "sampling"} <= set(names)
+
+
+@pytest.mark.parametrize("memory", [0, 8])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "version", ["1.5", pytest.param("2.1", marks=pytest.mark.slow), pytest.param("XL", marks=pytest.mark.slow)]
+)
+def test_stable_diffusion(version, topology, memory, compiled):
+    machine = find_machine(topology)
+    pipeline = shapes.pipeline_of_version(version, "datencoder", PRESETS.get(memory, Memory()))
+    budgets = BUDGETS.get((version, memory, topology), {})
+    for program in record_programs(pipeline, machine.devices[0], steps=12):
+        result = compiled(program, machine, f"{version}{f' --memory {memory}' if memory else ''}")
+        check_compiled(result)
+        assert result.room.total <= 1e9 * budgets.get(program.name, float("inf")), program.name
