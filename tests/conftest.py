@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=1"
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+collect_ignore = [] if os.environ.get("DATENCODER_ACCELERATORS") else ["accelerators"]
 for _offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[_offline] = "1"
 # A collective blocks a thread of the pool that all devices compute in, and a device may wait in several at once: with

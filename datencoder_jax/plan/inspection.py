@@ -25,12 +25,14 @@ class Product:
         operation: JAX's name of it.
         operands: types of the two factors, such as ("bf16", "bf16").
         times: how often it runs.
+        exact: whether the program asks for the highest precision: accelerators round the factors of others.
     """
 
     frames: tuple[str, ...]
     operation: str
     operands: tuple[str, ...]
     times: int
+    exact: bool
 
 
 def host_callbacks(text: str) -> list[str]:
@@ -67,7 +69,9 @@ def products(text: str) -> Iterator[Product]:
         shapes = (step.computation.instructions[name].shape for name in instruction.operands[:2])
         types = tuple(hlo.arrays(shape)[0][0] for shape in shapes)
         operation = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        yield Product(frames.functions(instruction.attributes), operation[1] if operation else "", types, step.times)
+        exact = "highest,highest" in re.sub(r'["\s]', "", instruction.attributes).lower()
+        name = operation[1] if operation else ""
+        yield Product(frames.functions(instruction.attributes), name, types, step.times, exact)
 
 
 def float32_products(text: str, allowed: Collection[str] = ()) -> Counter[str]:

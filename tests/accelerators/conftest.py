@@ -46,14 +46,29 @@ def pytest_terminal_summary(terminalreporter):
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def pytest_collection_modifyitems(items):
+    """One process for GPUs and one for TPUs, so that each compiles a program that several tests have only once."""
+    for item in items:
+        if topology := getattr(item, "callspec", None) and item.callspec.params.get("topology"):
+            item.add_marker(pytest.mark.xdist_group("TPU" if ":" in topology else "GPU"))
+
+
+_results = {}
+
+
 @pytest.fixture
 def compiled(record_property):
-    """Compiles a planned program for a machine, and keeps its row for the table."""
+    """Compiles a planned program for a machine, once in all tests, and keeps its row for the table."""
     from datencoder_jax.plan import inspection
     from datencoder_jax.plan.measure import measure
 
     def compile_program(program, machine, label):
+        model = label.split(" ")[0]
+        key = (machine.name, model, program.name, program.signature)
+        if program.signature and key in _results:
+            return _results[key].for_program(program)
         result = measure(program, machine)
+        _results[key] = result
         assert result.refused is None, result.refused
         forward, backward = inspection.fused_attention(result.text)
         cells = (
