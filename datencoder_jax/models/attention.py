@@ -29,7 +29,7 @@ from flax import nnx
 
 from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.edits import Ready, apply
-from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1
+from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1, recompute_in_gradient
 
 Maps = dict[str, jax.Array | None]
 """What collects the attention maps `[batch, queries, keys]` of the soft path in the layers that it names: a layer puts
@@ -123,11 +123,14 @@ class _GEGLU(nnx.Module):
     """`x -> a gelu(g)` with `[a, g] = x W + b` (Shazeer 2020)."""
 
     def __init__(self, width: int, inner: int, *, dtype, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(width, 2 * inner, dtype=dtype, rngs=rngs)
+        self.proj, self.dtype = nnx.Linear(width, 2 * inner, dtype=dtype, rngs=rngs), dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * activation("gelu")(gate)
+        def gated(projected: jax.Array) -> jax.Array:
+            value, gate = jnp.split(projected, 2, axis=-1)
+            return value * activation("gelu")(gate)
+
+        return recompute_in_gradient(gated, self.dtype)(self.proj(x))
 
 
 class _Gap(nnx.Module):

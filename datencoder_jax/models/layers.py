@@ -112,6 +112,15 @@ def conv1x1(inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(inputs, outputs, (1, 1), dtype=dtype, rngs=rngs, conv_general_dilated=_same_conv)
 
 
+def recompute_in_gradient(function: Callable[[jax.Array], jax.Array], dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    """A function of no products that the backward pass computes again from its input, if that is in half precision.
+
+    Norms, activations and gates compute in float32 and would keep several arrays of twice the input's size each. Most
+    of what a UNet's gradient takes in memory, and moves, is these. In float32 (on CPUs) time matters more.
+    """
+    return function if dtype == jnp.float32 else jax.checkpoint(function)
+
+
 class GroupNorm(nnx.GroupNorm):
     """Group normalization in float32 with the two-pass variance, which parity needs; the output is of type `dtype`."""
 
@@ -121,7 +130,8 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [batch, ..., channels]` -> the same shape."""
-        return super().__call__(x).astype(self.output_dtype)
+        normalize = functools.partial(nnx.GroupNorm.__call__, self)
+        return recompute_in_gradient(lambda x: normalize(x).astype(self.output_dtype), self.output_dtype)(x)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -133,7 +143,8 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [..., width]` -> the same shape."""
-        return super().__call__(x).astype(self.output_dtype)
+        normalize = functools.partial(nnx.LayerNorm.__call__, self)
+        return recompute_in_gradient(lambda x: normalize(x).astype(self.output_dtype), self.output_dtype)(x)
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:

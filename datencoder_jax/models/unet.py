@@ -21,7 +21,15 @@ from flax import nnx
 from datencoder_jax.models.attention import Maps, Transformer2DModel
 from datencoder_jax.models.config import ConfigMixin, per_block
 from datencoder_jax.models.edits import Ready
-from datencoder_jax.models.layers import GroupNorm, activation, conv1x1, conv3x3, timestep_features, upsample_nearest
+from datencoder_jax.models.layers import (
+    GroupNorm,
+    activation,
+    conv1x1,
+    conv3x3,
+    recompute_in_gradient,
+    timestep_features,
+    upsample_nearest,
+)
 from datencoder_jax.typing import Added
 
 SIZES = 6
@@ -123,16 +131,19 @@ class ResnetBlock2D(nnx.Module):
         self.norm2 = GroupNorm(outputs, groups=groups, epsilon=epsilon, **common)
         self.conv2 = conv3x3(outputs, outputs, **common)
         self.conv_shortcut = conv1x1(inputs, outputs, **common) if inputs != outputs else None
-        self.act = activation(act)
+        self.act, self.dtype = activation(act), dtype
 
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
         """`x [batch, h, w, inputs]`, activated time embedding `[batch, time_width]` -> `[batch, h, w, outputs]`."""
-        h = self.conv1(self.act(self.norm1(x)))
+        h = self.conv1(self._activate(self.norm1, x))
         if self.time_emb_proj is not None:
             assert time is not None, "this block takes a time embedding"
             h = h + self.time_emb_proj(time)[:, None, None, :]
-        h = self.conv2(self.act(self.norm2(h)))
+        h = self.conv2(self._activate(self.norm2, h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def _activate(self, norm: GroupNorm, x: jax.Array) -> jax.Array:
+        return recompute_in_gradient(lambda x: self.act(norm(x)), self.dtype)(x)
 
 
 class Downsample2D(nnx.Module):
