@@ -25,6 +25,7 @@ from datencoder_jax.models.attention import Maps
 from datencoder_jax.models.clip_text import TOKEN_TABLE
 from datencoder_jax.models.edits import Ready, paired, ready
 from datencoder_jax.models.module import Model
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.typing import Added, Condition, Variables
 
 
@@ -188,7 +189,8 @@ def concept_state(prompt: Condition) -> jax.Array:
     """The text state where a prompt holds the concept, the mean where it does so twice, `[1, d]` float32."""
     assert prompt.slots is not None
     here = (prompt.slots >= 0).astype(jnp.float32)
-    return jnp.einsum("bl,bld->d", here, prompt.context.astype(jnp.float32))[None] / here.sum()
+    with exact_products():
+        return jnp.einsum("bl,bld->d", here, prompt.context.astype(jnp.float32))[None] / here.sum()
 
 
 def _twice(tree: Any) -> Any:

@@ -46,6 +46,7 @@ from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
 from datencoder_jax.pipeline import map_layers
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.typing import Condition, Gate, Variables
 
 _FUSED = 25
@@ -277,9 +278,10 @@ def _followed(gate: Gate, embeddings: jax.Array, problem: Problem) -> Gate:
     """Equation (3) for one concept; bias and temperature stay."""
     assert problem.metric is not None, "a gate needs the metric of text states"
     now = concept_state(problem.soft or problem.base.condition(problem.soft_ids, embeddings))
+    with exact_products():
+        dual = now @ problem.metric
     return gate._replace(
-        direction=_KEPT * gate.direction + (1 - _KEPT) * now,
-        dual=_KEPT * gate.dual + (1 - _KEPT) * (now @ problem.metric),
+        direction=_KEPT * gate.direction + (1 - _KEPT) * now, dual=_KEPT * gate.dual + (1 - _KEPT) * dual
     )
 
 

@@ -24,6 +24,7 @@ from flax import nnx
 from datencoder_jax.models.config import ConfigMixin
 from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.layers import LayerNorm, timestep_features
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.typing import Features, LowRank, Variables
 
 FEATURES = ("classes", "denoiser", "patches")
@@ -128,7 +129,8 @@ class _Anchors(nnx.Module):
         """`[batch, p]` -> `[batch, embedding_dim]`; the keys are unit vectors, so no picture needs to be one."""
         if projected is None:
             raise ValueError("this encoder chooses among words by the projection of the picture, which is missing")
-        best = jnp.argmax(projected @ self.keys.get_value().T, axis=-1)
+        with exact_products():
+            best = jnp.argmax(projected @ self.keys.get_value().T, axis=-1)
         return jax.lax.stop_gradient(self.vectors.get_value()[best])
 
 
@@ -186,12 +188,17 @@ class TuningEncoder(nnx.Module):
             memory.append(jax.nn.leaky_relu(sum(taps[1:], taps[0]) / len(taps))[:, None])
         if "denoiser" in sees:
             memory.append(self.denoiser_proj(self.denoiser_norm(features.denoiser))[:, None])
-        memory.append(self.time_proj(timestep_features(features.t, self.config.width))[:, None])
+        memory.append(self._embed_timesteps(features.t)[:, None])
         if "patches" in sees:
             layers = jnp.split(features.patches, self.config.patch_taps, axis=1)
             projections = [*self.early_patch_proj, self.patch_proj]
             memory += [project(x) for project, x in zip(projections, layers, strict=True)]
         return self.norm_memory(jnp.concatenate(memory, axis=1))
+
+    def _embed_timesteps(self, t: jax.Array) -> jax.Array:
+        """`W_t phi(t)` of equation (1), exact: `[batch]` -> `[batch, width]`."""
+        with exact_products():
+            return self.time_proj(timestep_features(t, self.config.width))
 
     def _offsets(self, states: jax.Array) -> dict[str, LowRank]:
         """Equation (4), projections of one shape decoded together."""

@@ -26,6 +26,7 @@ from datencoder_jax.data.images import to_float
 from datencoder_jax.models.config import ConfigMixin
 from datencoder_jax.models.layers import GroupNorm, conv3x3
 from datencoder_jax.models.module import Model, abstract_params
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.toyworld.dataset import LABELS
 from datencoder_jax.toyworld.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, SCENES, STYLES, TRIMS
 from datencoder_jax.typing import Images
@@ -121,7 +122,8 @@ class Reading(NamedTuple):
 
 @jax.jit
 def _verdict(judge: Model, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    embedding, logits = judge(to_float(images))
+    with exact_products():
+        embedding, logits = judge(to_float(images))
     return embedding, {name: value.argmax(axis=-1) for name, value in logits.items()}
 
 

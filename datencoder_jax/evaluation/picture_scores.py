@@ -52,6 +52,7 @@ from datencoder_jax.models.dino import DINOOutput
 from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import CLIP_MEAN, CLIP_STD, Pipeline
 from datencoder_jax.prompts import PromptTokenizer, placeholder
+from datencoder_jax.runtime.precision import exact_products
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -361,13 +362,13 @@ def _class_token(output: DINOOutput) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="take")
 def _look(model: Model, take: Callable, pixels: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    with jax.default_matmul_precision("highest"):  # accelerators would round the factors of float32 products
+    with exact_products():
         return _unit(take(model((pixels.astype(jnp.float32) / 255 - mean) / std)))
 
 
 @jax.jit
 def _read(model: Model, ids: jax.Array) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
+    with exact_products():
         return _unit(model(ids).projected)
 
 

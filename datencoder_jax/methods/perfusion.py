@@ -40,6 +40,7 @@ from datencoder_jax.methods.text_metric import PROGRAMS as _METRIC
 from datencoder_jax.methods.text_metric import text_metric
 from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.prompts import TEMPLATE
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.typing import Gate, Gated, LearningRates, Variables
 
 _KEY, _VALUE = ".attn2.to_k", ".attn2.to_v"
@@ -50,7 +51,8 @@ _DEFAULTS = {"lock": ("local", "global", "off"), "beta": 0.75, "tau": 0.1}
 
 def _read(base: Base, ids: jax.Array, word: jax.Array, weights: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
     state = concept_state(base.condition(ids, word))
-    return state, {path: Gated(state @ weight.astype(jnp.float32)) for path, weight in weights.items()}
+    with exact_products():
+        return state, {path: Gated(state @ weight.astype(jnp.float32)) for path, weight in weights.items()}
 
 
 _class_word = Program("class word", _read)
@@ -71,7 +73,9 @@ def start(setup: Setup, beta: float = 0.75, tau: float = 0.1) -> Variables:
     ids = jnp.asarray(pipeline.tokenizer.encode([TEMPLATE.format("S*")], {"S*": 1}))
     weights = _weights(pipeline.base)
     state, outputs = _class_word(pipeline.base.only("text", "text_2"), ids, word, weights, quiet=setup.quiet)
-    dual = state @ jnp.asarray(text_metric(pipeline, quiet=setup.quiet))
+    metric = jnp.asarray(text_metric(pipeline, quiet=setup.quiet))
+    with exact_products():
+        dual = state @ metric
     return Variables(word, outputs, Gate(state, dual, jnp.array([beta]), jnp.array([tau])))
 
 

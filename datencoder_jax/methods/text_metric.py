@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
 from datencoder_jax.pipeline import Pipeline
+from datencoder_jax.runtime.precision import exact_products
 
 _FIRST, _SECOND = "@1", "@2"
 TEMPLATES = (
@@ -84,7 +85,8 @@ def inverse(moment: np.ndarray) -> np.ndarray:
 
 def _sum(base: Base, ids: jax.Array) -> jax.Array:
     states = base.condition(ids).context.astype(jnp.float32)
-    product = jnp.einsum("pli,plj->ij", states, states, precision=jax.lax.Precision.HIGHEST)
+    with exact_products():
+        product = jnp.einsum("pli,plj->ij", states, states)
     return product / (states.shape[0] * states.shape[1])
 
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from datencoder_jax.models.dot_product_attention import attend
+from datencoder_jax.models.dot_product_attention import attend, attention_scores
 from datencoder_jax.models.edits import Ready, apply
 from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1, recompute_in_gradient
 
@@ -110,8 +110,7 @@ class Attention(nnx.Module):
     def _map(self, q: jax.Array, k: jax.Array) -> jax.Array:
         """The softmax of (1), the mean over heads: `[batch, queries, keys]` float32."""
         q, k = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, _rows(k, len(q))))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-        return jax.nn.softmax(scores, axis=-1).mean(axis=1)
+        return jax.nn.softmax(attention_scores(q, k), axis=-1).mean(axis=1)
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (q, _rows(k, len(q)), _rows(v, len(q))))

@@ -95,6 +95,32 @@ def choose_implementation(q: jax.Array, k: jax.Array, causal: bool, target: Targ
     return "blocks" if queries * keys >= _BLOCKS_FROM else "xla"
 
 
+def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """`q k^T / sqrt(d)` in float32: `[batch, queries, heads, head_dim]` and keys -> `[batch, heads, queries, keys]`.
+
+    In half precision the gradient of the scores is rounded to the type of `q` and `k`, as the kernels do: products of
+    float32 and bfloat16, which JAX makes of it, are computed in float32.
+    """
+    multiply = _multiply if q.dtype == jnp.float32 else _multiply_in_half_precision
+    return multiply(q, k) * (q.shape[-1] ** -0.5)
+
+
+def _multiply(q: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+
+
+_multiply_in_half_precision = jax.custom_vjp(_multiply)
+
+
+def _multiply_backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q, k = factors
+    gradient = gradient.astype(q.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", gradient, k), jnp.einsum("bhqk,bqhd->bkhd", gradient, q)
+
+
+_multiply_in_half_precision.defvjp(lambda q, k: (_multiply(q, k), (q, k)), _multiply_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", _weights(q, k, causal), v)  # (1)
@@ -102,7 +128,7 @@ def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) 
 
 def _weights(q: jax.Array, k: jax.Array, causal: bool) -> jax.Array:
     """`p` of equation (1), `[batch, heads, queries, keys]` in `q`'s type."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    scores = attention_scores(q, k)
     if causal:
         visible = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)

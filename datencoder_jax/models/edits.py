@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datencoder_jax.errors import UserError
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.typing import AnyArray, Dense, Edit, Gate, Gated, LowRank, Removed, Residual
 
 _ONE_DIRECTION = 1e-4
@@ -77,8 +78,9 @@ def ready(
         slots: int `[batch, l]`, which of the concept's vectors each position of the context holds, -1 for none.
     """
 
-    bases = orthonormal_bases({path: edit.directions for path, edit in edits.items() if isinstance(edit, Removed)})
-    along = None if gate is None else _along(gate)
+    with exact_products():
+        bases = orthonormal_bases({path: edit.directions for path, edit in edits.items() if isinstance(edit, Removed)})
+        along = None if gate is None else _along(gate)
 
     def one(path: str, edit: Edit) -> Ready:
         if isinstance(edit, Removed):
@@ -92,7 +94,8 @@ def ready(
             return ReadyResidual(jnp.where(slots[..., None] >= 0, edit.residual[slots], 0.0))
         return edit
 
-    return {path: one(path, edit) for path, edit in edits.items()}
+    with exact_products():
+        return {path: one(path, edit) for path, edit in edits.items()}
 
 
 def orthonormal_bases(directions: Mapping[str, AnyArray]) -> dict[str, jax.Array]:
@@ -160,9 +163,10 @@ def apply(edit: Ready, x: jax.Array, y: jax.Array) -> jax.Array:
         return y + x @ edit.weight.astype(x.dtype)
     if isinstance(edit, ReadyGated):
         states = x.astype(jnp.float32)
-        along, seen = states @ edit.along.T, states @ edit.seen.T
-        open_ = jax.nn.sigmoid((seen - edit.bias[None, None]) / edit.temperature[None, None])
-        return y + (open_ @ edit.output - along @ edit.removed).astype(y.dtype)
+        with exact_products():
+            along, seen = states @ edit.along.T, states @ edit.seen.T
+            open_ = jax.nn.sigmoid((seen - edit.bias[None, None]) / edit.temperature[None, None])
+            return y + (open_ @ edit.output - along @ edit.removed).astype(y.dtype)
     return y + edit.added.astype(y.dtype)
 
 

@@ -30,6 +30,7 @@ from datencoder_jax.models.layers import (
     timestep_features,
     upsample_nearest,
 )
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.typing import Added
 
 SIZES = 6
@@ -286,11 +287,12 @@ class TimestepEmbedding(nnx.Module):
     def __init__(self, inputs: int, width: int, *, act: str, dtype, rngs: nnx.Rngs):
         self.linear_1 = nnx.Linear(inputs, width, dtype=dtype, rngs=rngs)
         self.linear_2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.act = activation(act)
+        self.act, self.dtype = activation(act), dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [batch, inputs]` -> `[batch, width]`."""
-        return self.linear_2(self.act(self.linear_1(x)))
+        with exact_products(self.dtype):
+            return self.linear_2(self.act(self.linear_1(x)))
 
 
 class UNet2DConditionModel(nnx.Module):

@@ -17,6 +17,7 @@ from datencoder_jax.models.config import ConfigMixin
 from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.layers import GroupNorm, activation, conv1x1, conv3x3
 from datencoder_jax.models.unet import ResnetBlock2D, Upsample2D
+from datencoder_jax.runtime.precision import exact_products
 
 _PIXELS = 512 * 512
 """Pixels that go through the VAE at a time; at full size its inner states have 128 channels."""
@@ -207,18 +208,20 @@ class AutoencoderKL(nnx.Module):
 
     def encode(self, images: jax.Array) -> Posterior:
         """Pictures `[batch, H, W, 3]` -> the posterior over unscaled latents, float32."""
-        moments = self.encoder(images.astype(self.dtype))
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
+        with exact_products(self.dtype):
+            moments = self.encoder(images.astype(self.dtype))
+            if self.quant_conv is not None:
+                moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Unscaled latents `[batch, h, w, latent_channels]` -> pictures `[batch, H, W, 3]`, float32, not clipped."""
         z = z.astype(self.dtype)
-        if self.post_quant_conv is not None:
-            z = self.post_quant_conv(z)
-        return self.decoder(z).astype(jnp.float32)
+        with exact_products(self.dtype):
+            if self.post_quant_conv is not None:
+                z = self.post_quant_conv(z)
+            return self.decoder(z).astype(jnp.float32)
 
     def to_latents(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Equation (1): scaled latents, sampled with `key` or at the posterior's mean."""

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from datencoder_jax.runtime.precision import exact_products
+
 _SIGMA = 0.5
 
 
@@ -32,7 +34,9 @@ def calibration_loss(maps: jax.Array, slots: jax.Array, concepts: int) -> jax.Ar
     """
     here = (slots[:, :, None] == jnp.arange(2 * concepts)[None, None]).astype(jnp.float32)
     here = here / jnp.maximum(here.sum(axis=1, keepdims=True), 1.0)
-    smooth = _smoothed(jnp.einsum("bhwl,bln->bnhw", maps.astype(jnp.float32), here))  # (1)
+    with exact_products():
+        positions = jnp.einsum("bhwl,bln->bnhw", maps.astype(jnp.float32), here)
+    smooth = _smoothed(positions)  # (1)
     modifiers, classes = smooth[:, ::2], smooth[:, 1::2] ** 2  # (2)
     bound = (1.0 - _overlap(jax.lax.stop_gradient(classes), modifiers)).sum(axis=1)
     pairs = np.array(list(itertools.combinations(range(concepts), 2)), int).reshape(-1, 2)

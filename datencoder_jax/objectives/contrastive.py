@@ -33,11 +33,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from datencoder_jax.runtime.precision import exact_products
+
 # Stands for -infinity: the exponential of anything minus it is 0, while differences of two of them are not NaN.
 _NEVER = -1e30
-
-# Similarities decide which word is nearest; the faster float32 products of accelerators keep only 8 to 11 bits.
-_einsum = functools.partial(jnp.einsum, precision="highest")
 
 # Of the ring: so many of a device's rows are compared with all words, or with all rows of a visitor, at a time.
 _ROWS = 256
@@ -195,6 +194,12 @@ def _pull(own: tuple, others: tuple, temperature: float) -> jax.Array:
     weights = g[:, None] * share(negative & other_mask[None, :], q[:, None])
     weights += other_g[None, :] * share(negative & mask[:, None], other_q[None, :])
     return _einsum("ij,jd->id", weights, other_unit) / temperature
+
+
+def _einsum(subscripts: str, *factors: jax.Array) -> jax.Array:
+    """Exact: similarities decide which word is nearest."""
+    with exact_products():
+        return jnp.einsum(subscripts, *factors)
 
 
 def _by_rows(function, *arrays: jax.Array):

@@ -19,6 +19,7 @@ from datencoder_jax.data.images import to_float, write_grid
 from datencoder_jax.models.clip_text import TOKEN_TABLE, CLIPTextConfig, CLIPTextModel
 from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, init_params
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.training.source import Source
 
 _TEXT, _VISION, _SCALE = "text_encoder/", "image_encoder/", "logit_scale"
@@ -34,7 +35,8 @@ def contrastive_loss(
         scale: the scalar `s`.
         same: `[batch, batch]`, true where two captions are equal.
     """
-    logits = scale * pictures @ captions.T
+    with exact_products():
+        logits = scale * pictures @ captions.T
     eye = jnp.eye(len(logits), dtype=bool)
     logits = jnp.where(same & ~eye, -1e9, logits)
     labels = jnp.arange(len(logits))
@@ -111,7 +113,8 @@ class CLIPTask:
         pictures, captions = self._embedder(params, images, ids)
         same = (ids[:, None, :] == ids[None, :, :]).all(axis=-1)
         _, found = contrastive_loss(pictures, captions, jnp.float32(1.0), jnp.asarray(same))
-        best = np.asarray((captions @ pictures.T).argmax(axis=1))
+        with exact_products():
+            best = np.asarray((captions @ pictures.T).argmax(axis=1))
         write_grid(path, images[best[:32]], columns=8, scale=3)
         return {"top1_of_200": float(found.mean())}
 

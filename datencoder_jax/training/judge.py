@@ -21,6 +21,7 @@ import optax
 from datencoder_jax.data.images import to_float, write_grid
 from datencoder_jax.evaluation.judge import Judge, JudgeConfig, read
 from datencoder_jax.models.module import Model, init_params
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.toyworld.dataset import LABELS, render_many
 from datencoder_jax.toyworld.world import CLASSES, SPLITS, STYLES, Instance, sample_context
 
@@ -85,7 +86,8 @@ def pair_loss(embedding: jax.Array, temperature: float) -> tuple[jax.Array, jax.
         temperature: `t`.
     """
     count = len(embedding)
-    logits = embedding @ embedding.T / temperature
+    with exact_products():
+        logits = embedding @ embedding.T / temperature
     logits = jnp.where(jnp.eye(count, dtype=bool), -1e9, logits)
     partner = jnp.arange(count) ^ 1
     return optax.softmax_cross_entropy_with_integer_labels(logits, partner), logits.argmax(axis=1) == partner

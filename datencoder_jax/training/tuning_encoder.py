@@ -43,6 +43,7 @@ from datencoder_jax.models.vae import Posterior, pictures_at_once
 from datencoder_jax.objectives.contrastive import contrastive_dense, contrastive_ring, nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
+from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.sampling import Request, decode, sample_latents
 from datencoder_jax.training import accumulation
 from datencoder_jax.training.accumulation import CoupledLoss
@@ -407,7 +408,8 @@ def offset_norm(variables: Variables) -> jax.Array:
     """Mean Frobenius norm of `A B` over projections, `[b]`, as `|A B|^2 = sum (A'A)(B B')`: no product is formed."""
 
     def norm(down, up):
-        grams = jnp.einsum("bir,bis->brs", down, down), jnp.einsum("brj,bsj->brs", up, up)
+        with exact_products():
+            grams = jnp.einsum("bir,bis->brs", down, down), jnp.einsum("brj,bsj->brs", up, up)
         return jnp.sqrt(jnp.maximum((grams[0] * grams[1]).sum(axis=(1, 2)), 0.0))
 
     norms = [norm(*offset) for offset in variables.offsets.values() if isinstance(offset, LowRank)]
