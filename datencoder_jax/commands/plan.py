@@ -38,12 +38,12 @@ def run(args: Namespace) -> None:
     from datencoder_jax.plan.devices import find_machine
 
     machine = find_machine(args.topology)
-    before = jax.config.jax_exec_time_optimization_effort  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_exec_time_optimization_effort", args.effort)
+    before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_optimization_level", args.effort)
     try:
         fits = _plan_recipe(args, machine) if args.config is not None else _plan_models(args, machine)
     finally:
-        jax.config.update("jax_exec_time_optimization_effort", before)
+        jax.config.update("jax_optimization_level", before)
     if not fits:
         raise SystemExit(1)
 
