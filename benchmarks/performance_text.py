@@ -1,0 +1,117 @@
+"""The text of docs/performance.md, from the measurements of `performance_page.py`."""
+
+INTRODUCTION = """# Performance, by the compilers' count
+
+Made by `benchmarks/performance_page.py`; do not edit. Nothing on this page ran on an accelerator: XLA compiled the
+programs for devices that were not there. It tells memory, the kernels that run and the bytes they move. The arithmetic
+is counted on the traced programs. A time is the larger of arithmetic and traffic at the chip's published peaks, which
+no program reaches. [`datencoder check`](check.md) measures the same on a real device.
+"""
+
+
+def render_page(content: dict) -> str:
+    """The page, with a section for every part that was measured."""
+    parts = (("work", _work), ("attention", _attention), ("programs", _programs), ("training", _training))
+    sections = [render(content[part]) + _made(content, part) for part, render in parts if content.get(part)]
+    return "\n".join([INTRODUCTION, *sections])
+
+
+def _made(content: dict, part: str) -> str:
+    return f"\nMade with {content['made'][part]}.\n"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)) + "\n"
+
+
+def _work(rows: list[dict]) -> str:
+    cells = [
+        [
+            *(row[name] for name in ("model", "method", "program")),
+            *(f"{row[name] / 1e12:.1f}" for name in ("work", "least")),
+            f"{row['ratio']:.3f}",
+        ]
+        for row in sorted(rows, key=lambda row: (row["model"], row["method"], row["program"]))
+    ]
+    text = """## Arithmetic against the least possible
+
+Twelve tuning steps of 8 draws, and 25 denoising steps with guidance (16 images; 4 for XL). The least is counted from
+the UNet's configuration alone (`datencoder_jax/plan/least_work.py`): its forward pass and the gradient by its input, for
+one path or two, no gradient of a frozen weight, every prompt once. XL recomputes its forward pass in the gradient, which
+its least has too. A ratio below 1 comes from the zero padding of convolutions, which the least counts, and from layers
+before the first adapter, which need no gradient.
+"""
+    return f"{text}\n{_table(['model', 'method', 'program', 'TFLOP', 'least', 'ratio'], cells)}"
+
+
+def _attention(rows: list[dict]) -> str:
+    def number(value: float | None, unit: float) -> str:
+        return "does not fit" if value is None else f"{value / unit:,.1f}"
+
+    cells = [
+        [row["device"], row["attention"], row["implementation"], number(row["memory"], 1e6), number(row["moved"], 1e9)]
+        for row in rows
+    ]
+    return (
+        "## Attention\n\nForward and gradient of one layer, batch 8, bfloat16. What `attend` chooses stands in its "
+        "docstring.\n\n" + _table(["device", "layer", "implementation", "memory, MB", "moved, GB"], cells)
+    )
+
+
+def _programs(rows: list[dict]) -> str:
+    cells = [
+        [row["device"], row["model"], f"`--memory {row['setting']}`" if row["setting"] else "none", *_described(row)]
+        for row in rows
+    ]
+    compiling = {}
+    for row in rows:
+        key = (row["device"], row["model"], row["setting"])
+        compiling[key] = compiling.get(key, 0.0) + row["compile_seconds"]
+    totals = "\n".join(
+        f"- {model} for {device}{f', `--memory {size}`' if size else ''}: {seconds:.0f} s"
+        for (device, model, size), seconds in compiling.items()
+    )
+    text = """## Personalizing and drawing
+
+The programs of `personalize` with the tuning-encoder (12 steps) and of drawing a full batch, weights in bfloat16; 1.5
+at 512 px, others at their own size. Memory is of the device while the program runs: its arguments, its work, and
+networks that lie beside it.
+"""
+    table = _table(["device", "model", "setting", *_DESCRIPTION], cells)
+    return f"{text}\n{table}\nCompiling all of a first run took, on two cores that others used too:\n\n{totals}\n"
+
+
+_DESCRIPTION = ["program", "memory, GB", "arguments", "work", "fused attention", "TFLOP", "moved, GB", "kernels"]
+_DESCRIPTION += ["ms at least", "bound by", "compile, s"]
+
+
+def _described(row: dict) -> list[str]:
+    forward, backward = row["fused"]
+    return [
+        row["program"],
+        f"{row['memory'] / 1e9:.2f}",
+        f"{row['arguments'] / 1e9:.2f}",
+        f"{row['temporaries'] / 1e9:.2f}",
+        f"{forward} + {backward}" if forward else "",
+        f"{row['work'] / 1e12:.3g}",
+        f"{row['moved'] / 1e9:,.3g}",
+        f"{row['kernels']:,}",
+        f"{1e3 * row['least_seconds']:,.3g}",
+        row["limit"],
+        f"{row['compile_seconds']:.0f}",
+    ]
+
+
+def _training(rows: list[dict]) -> str:
+    cells = [
+        [
+            row["device"],
+            row["recipe"],
+            *_described(row)[1:],
+            f"{row['images_per_second_per_device']:.1f}",
+            ", ".join(f"{count} {kind}" for kind, (count, _) in row["collectives"].items()),
+        ]
+        for row in rows
+    ]
+    header = ["device", "recipe", *_DESCRIPTION[1:], "images/s a device at most", "collectives"]
+    return "## Pretraining\n\nOne step at 8 images a device.\n\n" + _table(header, cells)
