@@ -36,10 +36,10 @@ def _work(rows: list[dict]) -> str:
     text = """## Arithmetic against the least possible
 
 Twelve tuning steps of 8 draws, and 25 denoising steps with guidance (16 images; 4 for XL). The least is counted from
-the UNet's configuration alone (`datencoder_jax/plan/least_work.py`): its forward pass and the gradient by its input, for
-one path or two, no gradient of a frozen weight, every prompt once. XL recomputes its forward pass in the gradient, which
-its least has too. A ratio below 1 comes from the zero padding of convolutions, which the least counts, and from layers
-before the first adapter, which need no gradient.
+the UNet's configuration alone (`datencoder_jax/plan/least_work.py`): its forward pass and the gradient by its input,
+for one path or two, no gradient of a frozen weight, every prompt once. XL recomputes its forward pass in the gradient,
+which its least has too. A ratio below 1 comes from the zero padding of convolutions, which the least counts, and from
+layers before the first adapter, which need no gradient.
 """
     return f"{text}\n{_table(['model', 'method', 'program', 'TFLOP', 'least', 'ratio'], cells)}"
 

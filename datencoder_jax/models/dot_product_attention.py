@@ -2,18 +2,10 @@
 
 Every attention layer of every model calls `attend`; nothing else does. Its implementations compute the same function:
 
-    xla      two matrix products with the softmax in float32 between them, (1); any shape, type and device
+    xla      two matrix products with the softmax in float32 between them; any shape, type and device
     blocks   xla over blocks of queries, whose scores the backward pass recomputes: `O(block * keys)` memory
     cudnn    cuDNN's fused attention on NVIDIA GPUs, forward and backward; no scores in memory (arXiv 2205.14135)
     flash    JAX's Pallas kernels for TPUs, forward and backward; likewise
-
-With scores `s`, weights `p` and the output's gradient `do`,
-
-    s = q k' / sqrt(d),   p = softmax(s),   o = p v                                                 (1)
-    dv = p' do,   dp = do v',   ds = p (dp - sum_k p dp) / sqrt(d),   dq = ds k,   dk = ds' q       (2)
-
-"xla" writes (2) out: `p` is kept, and `ds` enters its products, in the type of `q`, where JAX's own gradient keeps
-float32 scores and multiplies in float32.
 """
 
 import functools
@@ -121,36 +113,13 @@ def _multiply_backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array
 _multiply_in_half_precision.defvjp(lambda q, k: (_multiply(q, k), (q, k)), _multiply_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool = False) -> jax.Array:
-    return jnp.einsum("bhqk,bkhd->bqhd", _weights(q, k, causal), v)  # (1)
-
-
-def _weights(q: jax.Array, k: jax.Array, causal: bool) -> jax.Array:
-    """`p` of equation (1), `[batch, heads, queries, keys]` in `q`'s type."""
     scores = attention_scores(q, k)
     if causal:
         visible = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
         scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-
-
-def _attend_xla_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, tuple]:
-    weights = _weights(q, k, causal)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v), (q, k, v, weights)
-
-
-def _attend_xla_backward(causal: bool, kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v, weights = kept
-    d_v = jnp.einsum("bhqk,bqhd->bkhd", weights, d_out)  # (2)
-    d_weights = jnp.einsum("bqhd,bkhd->bhqk", d_out, v, preferred_element_type=jnp.float32)
-    weights = weights.astype(jnp.float32)
-    d_scores = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True)) * (q.shape[-1] ** -0.5)
-    d_scores = d_scores.astype(q.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", d_scores, k), jnp.einsum("bhqk,bqhd->bkhd", d_scores, q), d_v
-
-
-_attend_xla.defvjp(_attend_xla_forward, _attend_xla_backward)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
