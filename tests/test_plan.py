@@ -22,7 +22,7 @@ from datencoder_jax.plan import advice, costs, devices, hlo, measure, shapes
 from datencoder_jax.plan.dry_run import PlannedProgram
 from datencoder_jax.plan.environment import prepare_environment
 from datencoder_jax.plan.work import count_work
-from datencoder_jax.runtime.hardware import CHIPS
+from datencoder_jax.runtime.hardware import CHIPS, GPUS, describe_gpu, find_chip
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.recipes import load_recipe
 
@@ -384,6 +384,37 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UserError, match=r"datencoder_jax\[plan\]"):
         devices.find_machine("v5e:4x4")
+
+
+@pytest.mark.parametrize("topology", ["H999", "9xH100", "0xH100", "x8H100", "", "8x"])
+def test_an_unknown_topology_is_a_sentence(topology):
+    message = r"there is no topology .*; name a GPU \(H100, H200, A100, L4, RTX4090, T4\), up to"
+    with pytest.raises(UserError, match=message):
+        devices.find_machine(topology)
+
+
+def test_a_missing_compiler_for_gpus_is_named(monkeypatch):
+    monkeypatch.setattr(devices, "_has_module", lambda name: name != "nvidia.cudnn")
+    with pytest.raises(UserError, match=r"not installed .nvidia-cudnn-cu12.: pip install .datencoder_jax\[plan-gpu\]"):
+        devices.find_machine("H100")
+    assert not devices._has_module("no_such_package.module") and devices._has_module("json.decoder")
+
+
+def test_a_compiler_of_another_release_is_named(monkeypatch):
+    monkeypatch.setattr(devices, "_has_module", lambda name: True)
+    monkeypatch.setattr(devices.metadata, "version", lambda name: "0.9.1" if "plugin" in name else "0.10.2")
+    with pytest.raises(UserError, match=r"jax-cuda12-plugin 0.9.1 does not belong to jaxlib 0.10.2: pip install"):
+        devices.find_machine("8xh100")
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_gpus_are_described_in_xla_s_text_form(name):
+    text, gpu = describe_gpu(name), GPUS[name]
+    assert text.count("{") == text.count("}") and f'device_description_str: "{gpu.kind}"' in text
+    assert f"core_count: {gpu.cores}\n" in text and "device_memory_size: " in text
+    assert f"major: {gpu.compute_capability[0]} minor: {gpu.compute_capability[1]}" in text
+    assert find_chip(Namespace(device_kind=gpu.kind)) == CHIPS[name]
+    assert find_chip(Namespace(device_kind="NVIDIA L40S")) is None
 
 
 def test_a_slice_without_any_tpu(monkeypatch):

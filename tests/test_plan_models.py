@@ -61,6 +61,18 @@ def test_a_program_that_no_setting_changes_is_compiled_once(measured, capsys):
     assert 0 <= resident["datencoder", 0, "sampling"] - everything < few
 
 
+def test_a_gpu_that_is_too_small_is_a_sentence_and_status_1(measured, monkeypatch, capsys):
+    def measure_too_much(program, machine):
+        room = measure.Room(20 * 10**9, 0, 0, 0, 0, 16 * 10**9)
+        return measure.Result(program, room, None, None, 0.0)
+
+    monkeypatch.setattr(command, "_measure", measure_too_much)
+    arguments = ["--models", "1.5", "--memory", "8", "--methods", "lora", "--programs", "vae-decoding"]
+    assert cli.main(["plan", *arguments]) == 1
+    output = capsys.readouterr().out
+    assert "| NO |" in output and "VAE decoding does not fit: it needs 20.0 GB of 16.0 GB; try --memory 8" in output
+
+
 def test_a_plan_of_chosen_programs(measured):
     assert cli.main(["plan", "--models", "1.5", "--memory", "8", "--programs", "vae-encoding", "vae-decoding"]) == 0
     assert measured == ["VAE encoding", "VAE encoding", "VAE decoding"]  # of the image, and of its crops

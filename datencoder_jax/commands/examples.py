@@ -108,12 +108,14 @@ It writes to the work folder:
 The same command again goes on where the last one stopped; several processes share the files, as in `pretrain`.
 Records depend on base model, vision tower, resolution and crops: the recipe's own, which training then keeps.""",
     "plan": """\
+  datencoder plan --models 1.5 --topology H100
+  datencoder plan --config configs/sd15_laion.py --topology 8xH100 --set batch_size=64
   datencoder plan --config configs/sd15_laion.py --topology v5e:16x16
   datencoder plan --config configs/sd15_laion.py --topology v5e:4x4 --programs train --set accumulate=16
   datencoder plan --models 1.5 --methods lora --memory 8 16 --topology v5e:2x2
 
-Its exit status is 1 if something does not fit. A plan for TPUs needs no TPU, but their compiler:
-  pip install "datencoder_jax[plan]\"""",
+Its exit status is 1 if something does not fit. A plan for absent devices needs their compiler:
+  pip install "datencoder_jax[plan]" for TPUs, "datencoder_jax[plan-gpu]" for GPUs""",
     "toyworld": """\
   datencoder toyworld --out robot.png
   datencoder toyworld --class fish --seed 3 --scene underwater --out fish.png

@@ -163,15 +163,18 @@ def _plan_models(args: Namespace, machine: "Machine") -> bool:
 
     if not args.json:
         say(f"{machine.name}, weights in bfloat16; GB of one device, ms and TFLOP of one run\n{ROW_HEADER}")
-    rows = []
+    rows, too_large = [], []
     for version, method, size, program, result in _results_of_models(args, machine):
         rows.append({"model": version, "method": method, "memory": size} | result.to_dict())
+        too_large += [] if result.fits else [result]
         if not args.json:
             setting = f"`--memory {size}`" if size else "none"
             say(row([version, method, setting, program.name], result))
     if args.json:
         say(json.dumps({"machine": machine.name, "effort": args.effort, "rows": rows}, indent=1))
-    return all(found["fits"] for found in rows)
+    for result in () if args.json else too_large:
+        _explain_misfit(result)
+    return not too_large
 
 
 def _results_of_models(args: Namespace, machine: "Machine") -> Iterator[tuple]:

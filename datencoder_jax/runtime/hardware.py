@@ -5,6 +5,7 @@ architecture white papers (A100, H100 and H200 in their SXM form). Rates are pub
 published as "GB" and is in fact counted in GiB; a program gets a little less (15.75 GiB on a v5e, 79.1 on an H100).
 """
 
+import re
 from typing import Any, NamedTuple
 
 
@@ -73,7 +74,10 @@ _KINDS = {
 
 def find_chip(device: Any) -> Chip | None:
     """The chip that a JAX device is (or is a part of); None where its peaks are not known."""
-    return next((CHIPS[name] for kind, name in _KINDS.items() if kind in device.device_kind), None)
+    kinds = (
+        name for kind, name in _KINDS.items() if re.search(rf"{kind}(?!\d)", device.device_kind)
+    )  # an L40 is no L4
+    return next((CHIPS[name] for name in kinds), None)
 
 
 class GPU(NamedTuple):
