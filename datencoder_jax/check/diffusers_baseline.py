@@ -7,6 +7,7 @@ of pictures with 25 DDIM steps and guidance. Theirs is run as its documentation 
     ratio = their warm seconds / our warm seconds                                                   (1)
 """
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def check_diffusers(workload: Workload) -> Outcome:
     missing = [name for name in ("torch", "diffusers", "peft") if importlib.util.find_spec(name) is None]
     if missing:
         raise LeftOut(f"not installed: {', '.join(missing)}")
-    import torch
+    torch = _import_module("torch")
 
     if not torch.cuda.is_available():
         raise LeftOut("torch has no CUDA device")
@@ -61,7 +62,7 @@ def compare_with_diffusers(
         steps: of tuning.
         pictures: that are drawn.
     """
-    import torch
+    torch = _import_module("torch")
 
     print_progress("LoRA steps and drawing, ours")
     ours = _measure_ours(pipeline, image, steps, pictures)
@@ -85,7 +86,7 @@ def _measure_ours(pipeline: Pipeline, image: np.ndarray, steps: int, pictures: i
 
 def _measure_theirs(pipeline: Pipeline, image: np.ndarray, device: str, steps: int, pictures: int) -> dict[str, float]:
     """Seconds of the other side; drawing comes first, without adapters."""
-    import torch
+    torch = _import_module("torch")
 
     dtype = getattr(torch, pipeline.base.unet.dtype)
     drawer = _make_diffusers_pipeline(pipeline, device, dtype)
@@ -98,9 +99,9 @@ def _measure_theirs(pipeline: Pipeline, image: np.ndarray, device: str, steps: i
         if device == "cuda":
             torch.cuda.synchronize()
 
-    @torch.no_grad()
     def draw() -> None:
-        prompt, empty = (drawer.text_encoder(ids)[0] for ids in texts)
+        with torch.no_grad():
+            prompt, empty = (drawer.text_encoder(ids)[0] for ids in texts)
         drawer(
             prompt_embeds=prompt,
             negative_prompt_embeds=empty,
@@ -124,9 +125,9 @@ def _measure_theirs(pipeline: Pipeline, image: np.ndarray, device: str, steps: i
 
 def _make_diffusers_pipeline(pipeline: Pipeline, device: str, dtype: Any) -> Any:
     """A `StableDiffusionPipeline` of a pipeline's sizes with random weights."""
-    import diffusers
-    import torch
-    import transformers
+    diffusers = _import_module("diffusers")
+    torch = _import_module("torch")
+    transformers = _import_module("transformers")
 
     base = pipeline.base
     configs = {name: getattr(base, name).config.to_dict() for name in ("unet", "vae", "text")}
@@ -153,17 +154,16 @@ def _make_diffusers_pipeline(pipeline: Pipeline, device: str, dtype: Any) -> Any
 
 
 def _add_lora(unet: Any) -> None:
-    import peft
-    import torch
-    from diffusers.training_utils import cast_training_params
+    peft = _import_module("peft")
+    torch = _import_module("torch")
 
     unet.add_adapter(peft.LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=_PROJECTIONS))
-    cast_training_params(unet, dtype=torch.float32)
+    _import_module("diffusers.training_utils").cast_training_params(unet, dtype=torch.float32)
 
 
 def _tune_lora(drawer: Any, views: Any, ids: Any, steps: int, batch: int) -> None:
     """LoRA steps as in diffusers' training script, on latents and a prompt that are encoded once."""
-    import torch
+    torch = _import_module("torch")
 
     device, dtype = views.device, views.dtype
     with torch.no_grad():
@@ -181,6 +181,11 @@ def _tune_lora(drawer: Any, views: Any, ids: Any, steps: int, batch: int) -> Non
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _import_module(name: str) -> Any:
+    """A module of a package that need not be installed."""
+    return importlib.import_module(name)
 
 
 def _time_second_run(run: Callable[[], None]) -> float:

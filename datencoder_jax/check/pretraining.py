@@ -83,7 +83,7 @@ def check_pretraining(workload: Workload) -> Outcome:
     raise LeftOut("a step of pretraining does not fit with a batch of 1")
 
 
-def _measure_step(pipeline: Pipeline, config: ConfigDict, batch_size: int) -> Outcome:
+def _measure_step(pipeline: Pipeline, config: Any, batch_size: int) -> Outcome:
     config.update(batch_size=batch_size, resolution=pipeline.resolution)
     mesh = on_mesh.make_mesh(config.mesh, jax.local_devices()[:1])
     task, shapes = abstract_task(config, pipeline.base, mesh)

@@ -137,7 +137,8 @@ def count_stage_work(pipeline: Pipeline, image: np.ndarray, steps: int, pictures
         for call in _stages(hollow, image, steps, pictures, quiet=True).values():
             call()
 
-    work, names = dict.fromkeys(STAGES, 0.0), set()
+    work: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    names: set[str] = set()
     for program in record_run(run, hollow, jax.local_devices()[0]):
         stage = _STAGE_OF_PROGRAM.get(program.name, "tuning")
         # A prediction that is to be tuned is another program than one that is not, and as much work.
