@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,21 @@ def enable_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Within it programs are compiled whether or not JAX's persistent cache holds them, and are not put into it."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks for the setting once, when it first compiles
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 Recorder = Callable[["Program", tuple, dict[str, Any]], Any]
 """`record(program, args, kwargs) -> results`: what `dry_run` calls in place of a program."""
 
@@ -67,6 +83,15 @@ def put_on_device(tree: Any) -> Any:
     return jax.device_put(tree) if _dry_run is None else tree
 
 
+_programs: "weakref.WeakSet[Program]" = weakref.WeakSet()
+
+
+def forget_compiled() -> None:
+    """Has every `Program` compile anew when it is called next."""
+    for program in _programs:
+        program._compiled.clear()
+
+
 class Program:
     """A jitted function that is compiled ahead of its first call, under a printed line.
 
@@ -87,6 +112,7 @@ class Program:
         self._jitted = jax.jit(function, **options)
         self._static = tuple(options.get("static_argnames", ()))
         self._compiled: dict = {}
+        _programs.add(self)
 
     def __call__(self, *args, quiet: bool = False, **kwargs):
         if _dry_run is not None:

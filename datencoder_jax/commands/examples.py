@@ -116,6 +116,23 @@ Records depend on base model, vision tower, resolution and crops: the recipe's o
 
 Its exit status is 1 if something does not fit. A plan for absent devices needs their compiler:
   pip install "datencoder_jax[plan]" for TPUs, "datencoder_jax[plan-gpu]" for GPUs""",
+    "check": """\
+  datencoder check --quick
+  datencoder check --minutes 15 --out out/h100
+  JAX_PLATFORMS=cpu datencoder check
+
+Its parts, in this order:
+  versions      of the software, the driver and the device
+  attention     every implementation that the device can run, forward and backward, against XLA's in float32
+  concept       one of the embedded model, against the reference that is shipped
+  speed         prediction, drawing and 12 steps of tuning, cold and warm: seconds, peak memory, share of the peak;
+                with Stable Diffusion 1.5's sizes and random weights, on a CPU with the embedded model
+  pretraining   a step of a tuning-encoder at the largest batch that fits
+  diffusers     LoRA steps and drawing by diffusers, where torch has CUDA, as a ratio
+
+Its exit status is 1 if a comparison or a part fails; the other parts are run all the same. It writes to --out:
+  check.json    all numbers
+  check.md      a row for docs/performance.md""",
     "toyworld": """\
   datencoder toyworld --out robot.png
   datencoder toyworld --class fish --seed 3 --scene underwater --out fish.png

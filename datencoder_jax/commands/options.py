@@ -55,6 +55,7 @@ def add_commands(commands: Any) -> None:
     _add_pretrain(commands)
     _add_precompute(commands)
     _add_plan(commands)
+    _add_check(commands)
     _add_toyworld(commands)
     _add_info(commands)
 
@@ -376,6 +377,23 @@ def _add_plan(commands: Any) -> None:
     add("--resolution", type=integer(64), default=512, metavar="PIXELS", help="without a recipe (default: %(default)s)")
     add("--effort", choices=("O0", "O1", "O2", "O3"), default="O0", help="the compiler's level (default: %(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_check(commands: Any) -> None:
+    add = _add_command(
+        commands, "check", "check that this device computes what it should, and measure how fast, within minutes"
+    )
+    add("--quick", action="store_true", help="leave out the pretraining step and the large shapes of attention")
+    add(
+        "--minutes",
+        type=number(0),
+        default=8.0,
+        metavar="N",
+        help="a part that has not begun by then is left out (default: 8)",
+    )
+    add(
+        "--out", type=Path, default=Path("out/check"), metavar="DIR", help="where the results go (default: %(default)s)"
+    )
 
 
 def _add_processes(add: Callable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import re
@@ -105,13 +106,28 @@ def check_unicode(text: str) -> None:
 
 
 def device_name() -> str:
-    """What the work is done on: "NVIDIA H200 (gpu)", "2 x ... (tpu)" or "cpu (8 cores)"."""
+    """What the work is done on: "NVIDIA H200 (gpu)", "2 x ... (tpu)" or "cpu (8 cores)".
+
+    It warns where that is a CPU though there is a GPU.
+
+    Raises:
+        UserError: JAX has no device.
+    """
     import jax
 
+    from datencoder_jax.runtime.availability import explain_no_device, explain_unused_gpu
+
+    xla_bridge = logging.getLogger("jax._src.xla_bridge")
+    level = xla_bridge.level
+    xla_bridge.setLevel(logging.ERROR)  # JAX's own warning of an unused GPU names no way out
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # JAX_PLATFORMS names one that is not there
-        raise UserError(f"No device can be used: {str(error).strip().splitlines()[0].rstrip('.')}.") from error
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is not there
+        raise UserError(explain_no_device(error)) from error
+    finally:
+        xla_bridge.setLevel(level)
+    if sentence := explain_unused_gpu(devices[0].platform):
+        logging.warning(sentence)
     if devices[0].platform == "cpu":
         return f"cpu ({os.cpu_count()} cores)"
     count = f"{len(devices)} x " if len(devices) > 1 else ""

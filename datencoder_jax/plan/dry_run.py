@@ -145,10 +145,17 @@ def record_programs(
         )
         api.generate(pipeline, pipeline.prompts, concept=result.concept, num=count, resolution=resolution, quiet=True)
 
-    yield from _record(run, pipeline, device)
+    yield from record_run(run, pipeline, device)
 
 
-def _record(run: Callable[[], None], pipeline: Pipeline, device: Any) -> Iterator[PlannedProgram]:
+def record_run(run: Callable[[], None], pipeline: Pipeline, device: Any) -> Iterator[PlannedProgram]:
+    """All programs that calls of the API run, as `record_programs` has those of one run.
+
+    Args:
+        run: calls the API with the pipeline.
+        pipeline: of hollow arrays.
+        device: what they are compiled for.
+    """
     recorded: dict[Any, PlannedProgram] = {}
     results: dict[Any, Any] = {}
     networks = _bytes_of_networks((pipeline.base, pipeline.encoder, pipeline.domain))
