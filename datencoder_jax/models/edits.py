@@ -128,7 +128,7 @@ def _gated(edit: Gated, gate: Gate, along: jax.Array, weight: jax.Array) -> Read
     energy = jnp.einsum("kd,kd->k", gate.direction, gate.dual)[:, None]
     return ReadyGated(
         along=along,
-        seen=gate.dual / energy,
+        seen=jnp.asarray(gate.dual) / energy,
         removed=jnp.asarray(gate.direction) @ weight.astype(jnp.float32),
         output=edit.output,
         bias=gate.bias,
