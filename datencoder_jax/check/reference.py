@@ -3,9 +3,9 @@
     python -m datencoder_jax.check.reference
 
 makes `reference.json` anew: the concept, and its deviations where the weights are stored and computed with in bfloat16,
-as accelerators do. They are 0.025 of a loss and 0.061 of the cosine, and the tolerances are four times and two and a half
-times these: other devices round otherwise, and in 12 steps of Adam, whose first updates depend on the gradient's sign
-alone, differences grow. A wrong network shows in the losses; how near another instance's embedding is, is not measured.
+as accelerators do. They are 0.025 of a loss and 0.061 of the cosine, and the tolerances are four times and two and a
+half times these: other devices round otherwise, and in 12 steps of Adam, whose first updates depend on the gradient's
+sign alone, differences grow. How near the concept of another instance comes is not measured.
 """
 
 import json
