@@ -115,7 +115,7 @@ def test_speed_measures_every_stage_twice(workload, monkeypatch):
     assert tuple(values["stages"]) == speed.STAGES and values["steps"] == 2
     for stage in values["stages"].values():
         assert stage["tflop"] > 0 and stage["compile_seconds"] > 0
-        assert stage["cold_seconds"] > stage["warm_seconds"] > stage["least_seconds"] > 0
+        assert stage["cold_seconds"] > stage["compile_seconds"] and stage["warm_seconds"] > stage["least_seconds"] > 0
         assert stage["share_of_peak"] == pytest.approx(stage["least_seconds"] / stage["warm_seconds"])
     json.dumps(values, allow_nan=False)
 

@@ -136,7 +136,12 @@ def _make_diffusers_pipeline(pipeline: Pipeline, device: str, dtype: Any) -> Any
         vae = diffusers.AutoencoderKL.from_config(configs["vae"])
         text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs["text"]))
     scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     networks = [network.to(device, dtype).requires_grad_(False) for network in (vae, text, unet)]
     drawer = diffusers.StableDiffusionPipeline(

@@ -88,8 +88,11 @@ def _measure_step(pipeline: Pipeline, config: Any, batch_size: int) -> Outcome:
     mesh = on_mesh.make_mesh(config.mesh, jax.local_devices()[:1])
     task, shapes = abstract_task(config, pipeline.base, mesh)
     params: Any = abstract_params(TuningEncoder, task.config)
-    state = loop.start(fill_randomly(Model(TuningEncoder, task.config, params)).params, config)
-    state = on_mesh.place(state, on_mesh.of_state(state, mesh))
+    params = fill_randomly(Model(TuningEncoder, task.config, params)).params
+    params = on_mesh.place(params, on_mesh.of_params(params, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, loop.state_shapes(task, config, mesh, params))
+    # Compiled, so that no two of the state's arrays share the memory that the step takes over.
+    state = jax.jit(lambda params: loop.start(params, config), out_shardings=shardings)(params)
     frozen = frozen_of(pipeline)
     frozen = on_mesh.place(frozen, on_mesh.of_frozen(frozen, mesh))
     by_row = NamedSharding(mesh, on_mesh.BY_ROW)

@@ -3,8 +3,9 @@
     python -m datencoder_jax.check.reference
 
 makes `reference.json` anew: the concept, and its deviations where the weights are stored and computed with in bfloat16,
-as accelerators do. The tolerances are a few times these deviations: other devices round otherwise, and in 12 steps of
-Adam, whose first updates depend on the gradient's sign alone, differences grow.
+as accelerators do. They are 0.025 of a loss and 0.061 of the cosine, and the tolerances are four times and two and a
+half times these: other devices round otherwise, and in 12 steps of Adam, whose first updates depend on the gradient's
+sign alone, differences grow. How near the concept of another instance comes is not measured.
 """
 
 import json
@@ -25,7 +26,7 @@ INSTANCE = 1_100_005
 STEPS = 12
 SEED = 0
 
-TOLERANCES = {"losses": 0.1, "cosine": 0.02}
+TOLERANCES = {"losses": 0.1, "cosine": 0.15}
 """The largest relative deviation of a step's loss, and the largest difference from 1 of the embeddings' cosine."""
 
 
