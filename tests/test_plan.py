@@ -397,6 +397,9 @@ def test_a_missing_compiler_for_gpus_is_named(monkeypatch):
     monkeypatch.setattr(devices, "_has_module", lambda name: name != "nvidia.cudnn")
     with pytest.raises(UserError, match=r"not installed .nvidia-cudnn-cu12.: pip install .datencoder_jax\[plan-gpu\]"):
         devices.find_machine("H100")
+
+
+def test_a_module_below_a_missing_package_is_missing():
     assert not devices._has_module("no_such_package.module") and devices._has_module("json.decoder")
 
 
