@@ -159,7 +159,7 @@ def test_the_step_is_compiled_once_and_takes_the_states_memory(tmp_path, capfd):
     config = settings()
     state, _ = loop._state(task, config, None, mesh, _NoCheckpoints(), False)
     batch = {"x": jax.device_put(task.batch(0, whole(task))["x"], jax.NamedSharding(mesh, loop.on_mesh.BY_ROW))}
-    compiled = loop._compile(loop.make_step(task, config), state, task.frozen, batch, mesh)
+    compiled = loop._compile(task, config, state, task.frozen, batch, mesh)
     new, _ = compiled(state, task.frozen, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.ema, state.optimiser)))
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail("moved"), new, state)
