@@ -389,7 +389,8 @@ def test_the_command_takes_the_thumbnail_beside_the_concept(tmp_path, base, conc
     made = tmp_path / "made"
     export_concept(made, concept, TARGET, name="toy", kinds=["diffusers"])
     given = {"concept": made / "concept.safetensors", "samples": None, "name": "toy", "to": ["kohya"]}
-    args = Namespace(**given, out=tmp_path / "out", base=str(base), dtype="auto", prediction_type=None)
+    choices = {"dtype": "auto", "compute": "auto", "prediction_type": None}
+    args = Namespace(**given, **choices, out=tmp_path / "out", base=str(base))
 
     def exported():
         run(args)
