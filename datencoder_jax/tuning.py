@@ -359,11 +359,18 @@ def focus_views(
         floor: `f`.
     """
     found = differences(base, latents[:pictures], word, empty, noise_key, batch_size=config.draws)
-    side = latents.shape[1] * base.vae.config.factor
-    # Crops are cut out of pictures of full size, as those of the pictures are.
-    large = jax.image.resize(found, (pictures, side, side), "linear")
-    views = views_of(large[..., None], view_key, config)[..., 0]
-    return weights(jax.image.resize(views, latents.shape[:3], "linear"), floor)
+    return weights(_views_of_maps(found, base.vae.config.factor, view_key, config), floor)
+
+
+def _views_of_maps(maps: jax.Array, factor: int, key: jax.Array, config: TuningConfig) -> jax.Array:
+    """The views that `views_of` takes of images, of maps `[k, h, w]` over their latents: `[views, h, w]`.
+
+    Crops are cut out of images of full size, `factor` times the latents', and so they are of maps.
+    """
+    count, *sides = maps.shape
+    large = jax.image.resize(maps, (count, *(side * factor for side in sides)), "linear")
+    views = views_of(large[..., None], key, config)[..., 0]
+    return jax.image.resize(views, (config.views, *sides), "linear")
 
 
 focus_views_program = Program("subject mask", focus_views, static_argnames=("pictures", "config"))
