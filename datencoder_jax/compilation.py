@@ -6,6 +6,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ class Program:
 
     Attributes:
         function: what was given.
-        seconds: spent compiling (or reading the cache) so far.
+        seconds: calls spent compiling, reading the cache, or waiting for either so far.
         compilations: how many programs were compiled; one per combination of shapes and static arguments.
     """
 
@@ -117,26 +118,49 @@ class Program:
     def __call__(self, *args, quiet: bool = False, **kwargs):
         if _dry_run is not None:
             return _dry_run(self, args, kwargs)
+        key, dynamic = self._key(args, kwargs)
+        compiled = self._compiled.get(key)
+        if compiled is None or isinstance(compiled, Future):
+            is_under_way = compiled is not None and not compiled.cancelled()
+            started = compiled if is_under_way else functools.partial(self._compile, args, kwargs)
+            compiled = self._compiled[key] = self._wait(started, quiet)
+        return compiled(*args, **dynamic)
+
+    def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """What a call has in common with others that run the same compiled program, and its dynamic keywords."""
         static = {k: v for k, v in kwargs.items() if k in self._static}
         dynamic = {k: v for k, v in kwargs.items() if k not in self._static}
         leaves, structure = jax.tree.flatten((args, dynamic))
         types = tuple((jax.numpy.shape(x), jax.numpy.result_type(x)) for x in leaves)
-        key = (structure, tuple(sorted(static.items())), types)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(args, kwargs, quiet)
-        return self._compiled[key](*args, **dynamic)
+        return (structure, tuple(sorted(static.items())), types), dynamic
 
     def trace(self, *args, **kwargs) -> jax.stages.Traced:
         """The program for these arguments, or for `jax.ShapeDtypeStruct`s in their place, before it is lowered."""
         return self._jitted.trace(*args, **kwargs)
 
-    def _compile(self, args, kwargs, quiet: bool):
+    def compile_in_background(self, executor: Executor, *args, **kwargs) -> jax.stages.Traced:
+        """Starts compiling for arguments of these shapes; a call with such arguments waits until that is done.
+
+        What goes wrong as it compiles is raised by that call.
+        """
+        key, traced = self._key(args, kwargs)[0], self.trace(*args, **kwargs)
+        if key not in self._compiled:
+            enable_cache()
+            self._compiled[key] = executor.submit(traced.lower().compile, current_target().compiler_options())
+        return traced
+
+    def _compile(self, args: tuple, kwargs: dict[str, Any]):
         enable_cache()
+        return self.trace(*args, **kwargs).lower().compile(current_target().compiler_options())
+
+    def _wait(self, started: Future | Callable[[], Any], quiet: bool):
+        """What is compiled in the background, or what the function compiles now, under a printed line."""
+        quiet = quiet or (isinstance(started, Future) and started.done())
         if not quiet:
             print(f"compiling {self.name} (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
-            compiled = self.trace(*args, **kwargs).lower().compile(current_target().compiler_options())
+            compiled = started.result() if isinstance(started, Future) else started()
         except BaseException:
             if not quiet:  # whatever is said of the failure gets a line of its own
                 print(file=sys.stderr, flush=True)

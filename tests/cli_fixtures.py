@@ -1,13 +1,14 @@
 """Fixtures of the tests of the command line: fakes in place of the models, and files to give it."""
 
 from argparse import Namespace
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from checkpoint_helpers import PATH, concept
 from PIL import Image
 
-from datencoder_jax import api, pipeline
+from datencoder_jax import api, compile_ahead, pipeline
 from datencoder_jax.checkpoints.concept_file import save_concept
 
 
@@ -40,6 +41,14 @@ def calls(monkeypatch):
             images, {"seconds": {"compile": 1.5, "sample": 4.0}, "guidance": 2.0, "blend": options.get("blend", 1.0)}
         )
 
+    @contextmanager
+    def compiling_ahead(pipeline, run):
+        run(pipeline)
+        assert made["personalize"][1].pop("quiet") and made["generate"][1].pop("quiet")
+        made["ahead"] = dict(made)
+        yield 0.5
+
+    monkeypatch.setattr(compile_ahead, "compiling_ahead", compiling_ahead)
     for function in (load, personalize, generate):
         monkeypatch.setattr(api, function.__name__, function)
     monkeypatch.setattr(pipeline, "attention_shapes", lambda unet: {PATH: (8, 6)})

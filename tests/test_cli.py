@@ -36,7 +36,9 @@ def test_personalize_passes_options_on_and_writes_everything(tmp_path, capsys, p
     assert calls["load"] == ("some/model", {"encoder": "enc"})
     images, given = calls["personalize"]
     assert len(images) == 2 and given == {"method": "datencoder", "steps": 3, "token": "<it>", "blend": 0.4, "seed": 7}
+    assert calls["ahead"]["personalize"][1] == given  # so that what compiles ahead is what is run
     texts, given = calls["generate"]
+    assert calls["ahead"]["generate"][1].keys() == given.keys()
     assert texts == ["a <it>", "a sketch of <it>", "<it>!"] and given["num"] == 2 and given["seed"] == 7
     assert given["concept"].token == "<it>"
 
@@ -52,7 +54,7 @@ def test_personalize_passes_options_on_and_writes_everything(tmp_path, capsys, p
     seconds = report["seconds"]
     assert {name: seconds[name] for name in ("load", "compile", "predict", "tune", "sample")} == {
         "load": 1.0,
-        "compile": 3.5,
+        "compile": 4.0,
         "predict": 0.1,
         "tune": 3.0,
         "sample": 4.0,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from tiny import UNET, pictures, random_model, tiny_pipeline, write_tiny_base
 
-from datencoder_jax import api, compilation
+from datencoder_jax import api, compilation, compile_ahead
 from datencoder_jax.encoder.domain_encoder import DomainEncoder
 from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.memory import PRESETS, Memory
@@ -41,7 +41,7 @@ def texts_of_a_run(pipeline, method, monkeypatch):
     """Of every program that a run compiles, name and lowered text."""
     texts = []
 
-    def compile_and_keep(program, args, kwargs, quiet):
+    def compile_and_keep(program, args, kwargs):
         traced = program.trace(*args, **kwargs)
         texts.append((program.name, traced.lower().as_text()))
         return traced.lower().compile()
@@ -73,7 +73,7 @@ def test_a_plan_has_the_programs_of_a_run_to_the_letter(plain, method, memory, m
     if memory.in_parts:
         pipeline = replace(pipeline, base=jax.device_get(pipeline.base), encoder=jax.device_get(pipeline.encoder))
     programs = dry_run.record_programs(
-        dry_run.without_weights(pipeline), jax.devices()[0], method=method, word="robot", steps=STEPS
+        compile_ahead.without_weights(pipeline), jax.devices()[0], method=method, word="robot", steps=STEPS
     )
     planned = [(program.name, program.traced.lower().as_text()) for program in programs]
     compiled = texts_of_a_run(pipeline, method, monkeypatch)
@@ -83,13 +83,14 @@ def test_a_plan_has_the_programs_of_a_run_to_the_letter(plain, method, memory, m
 
 
 def test_hollow_arrays_take_no_memory():
-    array = dry_run.hollow_array(jax.ShapeDtypeStruct((10**5, 10**5), jnp.bfloat16))
+    array = compile_ahead.hollow_array(jax.ShapeDtypeStruct((10**5, 10**5), jnp.bfloat16))
     assert array.shape == (10**5, 10**5) and not any(array.strides) and array[3, 4] == 1
 
 
 def test_nothing_is_compiled_in_a_dry_run(plain, monkeypatch):
     monkeypatch.setattr(compilation.Program, "_compile", None)
-    names = [p.name for p in dry_run.record_programs(dry_run.without_weights(plain), jax.devices()[0], steps=STEPS)]
+    hollow = compile_ahead.without_weights(plain)
+    names = [p.name for p in dry_run.record_programs(hollow, jax.devices()[0], steps=STEPS)]
     assert names == [
         "prediction", "VAE encoding", "text encoding", "subject mask", "initial state", "tuning", "sampling"
     ]  # fmt: skip
@@ -120,7 +121,7 @@ def trace_for_hopper(monkeypatch):
         half = {n: getattr(pipeline.base, n).cast("bfloat16", "bfloat16") for n in ("unet", "vae", "text", "vision")}
         pipeline = replace(pipeline, base=replace(pipeline.base, **half))
         programs = dry_run.record_programs(
-            dry_run.without_weights(pipeline), Hopper(), method=method, word="robot", **options
+            compile_ahead.without_weights(pipeline), Hopper(), method=method, word="robot", **options
         )
         return {program.name: str(program.traced.jaxpr) for program in programs}
 

@@ -19,8 +19,9 @@ import numpy as np
 from datencoder_jax import api, compilation
 from datencoder_jax.check.part import Outcome, print_progress
 from datencoder_jax.check.workload import Workload
+from datencoder_jax.compile_ahead import without_weights
 from datencoder_jax.pipeline import Pipeline
-from datencoder_jax.plan.dry_run import record_run, without_weights
+from datencoder_jax.plan.dry_run import record_run
 from datencoder_jax.plan.work import trace_work
 from datencoder_jax.runtime.hardware import find_chip
 

@@ -81,7 +81,7 @@ def run(args: Namespace) -> None:
 
     device = announce_device()
     from datencoder_jax import api
-    from datencoder_jax.checkpoints.concept_file import save_concept
+    from datencoder_jax.compile_ahead import compiling_ahead
 
     pipeline = load(args, args.model)
     prompts = args.prompts or [prompt.replace("S*", " and a ".join(tokens)) for prompt in pipeline.prompts]
@@ -92,25 +92,22 @@ def run(args: Namespace) -> None:
         options["options"] = own
     if args.learning_rates is not None:
         options["learning_rates"] = LearningRates(*args.learning_rates)
-    tuned = api.personalize(pipeline, images, **options)
-    words = [{"word": str(word), "cosine": float(cosine)} for word, cosine in tuned.report["nearest_words"]]
-    say("nearest words: " + ", ".join(f"{entry['word']} {entry['cosine']:.2f}" for entry in words))
+    drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance")
 
+    def run_without_weights(pipeline: Pipeline) -> None:
+        concept = api.personalize(pipeline, images, **options, quiet=True).concept
+        api.generate(pipeline, prompts, concept=concept, **drawing, quiet=True)
+
+    with compiling_ahead(pipeline, run_without_weights) as seconds:
+        tuned = api.personalize(pipeline, images, **options)
+        words = [{"word": str(word), "cosine": float(cosine)} for word, cosine in tuned.report["nearest_words"]]
+        say("nearest words: " + ", ".join(f"{entry['word']} {entry['cosine']:.2f}" for entry in words))
+        # Written before the sampling, so that it is not lost should that fail.
+        _write_concept(args, tuned.concept)
+        made = api.generate(pipeline, prompts, concept=tuned.concept, **drawing)
     inputs = [fit_square(image, args.resolution or pipeline.resolution) for image in images]
     names = [f"input{'' if index == 0 else f'_{index + 1}'}.png" for index in range(len(inputs))]
-    earlier = listed_pictures(args.out, "pictures", "input_pictures") | listed_exports(args.out)
-    with no_empty_folder(args.out):
-        # Written before the sampling, so that it is not lost should that fail.
-        save_concept(args.out / "concept.safetensors", tuned.concept)
-    # An earlier run's report, exports and pictures tell of another concept.
-    given_files = [os.path.realpath(path) for path in args.images]
-    for name in earlier | {"samples.png"}:
-        if os.path.realpath(args.out / name) not in given_files:
-            with suppress(OSError):
-                (args.out / name).unlink(missing_ok=True)
-    (args.out / "report.json").unlink(missing_ok=True)
-    drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance")
-    made = api.generate(pipeline, prompts, concept=tuned.concept, **drawing)
+    stages = [tuned.report, made.report, {"seconds": {"compile": seconds}}]
     report = {
         "command": "personalize",
         "inputs": [str(path) for path in args.images],
@@ -123,7 +120,7 @@ def run(args: Namespace) -> None:
         "nearest_words": words,
         "losses": tuned.report["losses"],
         "exported": [],
-    } | common_report(args, pipeline, prompts, [tuned.report, made.report], device, started)
+    } | common_report(args, pipeline, prompts, stages, device, started)
     sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, set())
     if kinds is not None:
         card = "card" in kinds
@@ -139,6 +136,21 @@ def run(args: Namespace) -> None:
         )
         write_files(args.out, {"report.json": report | {"exported": sorted(files)}})
         say(f"exported {', '.join(sorted(files))}")
+
+
+def _write_concept(args: Namespace, concept: Concept) -> None:
+    """The concept's file; an earlier run's report, exports and pictures, which tell of another concept, go."""
+    from datencoder_jax.checkpoints.concept_file import save_concept
+
+    earlier = listed_pictures(args.out, "pictures", "input_pictures") | listed_exports(args.out)
+    with no_empty_folder(args.out):
+        save_concept(args.out / "concept.safetensors", concept)
+    given_files = [os.path.realpath(path) for path in args.images]
+    for name in earlier | {"samples.png"}:
+        if os.path.realpath(args.out / name) not in given_files:
+            with suppress(OSError):
+                (args.out / name).unlink(missing_ok=True)
+    (args.out / "report.json").unlink(missing_ok=True)
 
 
 def _coarse(image: np.ndarray) -> bool:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from datencoder_jax import api, compilation
 from datencoder_jax.base import Base
 from datencoder_jax.checkpoints.hub import ASSETS
+from datencoder_jax.compile_ahead import hollow_array
 from datencoder_jax.encoder.domain_encoder import DomainConfig
 from datencoder_jax.memory import Memory
 from datencoder_jax.methods import METHODS
@@ -60,13 +60,6 @@ class PlannedProgram:
         return self.name.lower().replace(" ", "-")
 
 
-def hollow_array(shape: Any) -> Any:
-    """An array of ones of a `jax.ShapeDtypeStruct`'s shape and type that takes no memory; keys are ordinary arrays."""
-    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
-        return jnp.broadcast_to(jax.random.key(0), shape.shape)
-    return np.broadcast_to(np.ones((), shape.dtype), shape.shape)
-
-
 def hollow_pipeline(
     base: Base, tokenizer_folders: list[Path], memory: Memory, *, name: str, encoder: Model | None = None
 ) -> Pipeline:
@@ -94,12 +87,6 @@ def hollow_pipeline(
         memory=memory,
         guidance=XL_GUIDANCE if is_xl else Pipeline.guidance,
     )
-
-
-def without_weights(pipeline: Pipeline) -> Pipeline:
-    """A loaded pipeline with hollow arrays in place of its weights."""
-    parts = {name: getattr(pipeline, name) for name in ("base", "encoder", "domain")}
-    return replace(pipeline, **jax.tree.map(hollow_array, parts))
 
 
 def tokenizer_folders(base: Base) -> list[Path]:

@@ -7,11 +7,12 @@ import jax
 import pytest
 
 import datencoder_jax
+from datencoder_jax.compile_ahead import without_weights
 from datencoder_jax.memory import PRESETS, choose, for_xl
 from datencoder_jax.methods import METHODS
 from datencoder_jax.plan import inspection, shapes
 from datencoder_jax.plan.devices import find_machine
-from datencoder_jax.plan.dry_run import record_programs, without_weights
+from datencoder_jax.plan.dry_run import record_programs
 from datencoder_jax.plan.work import count_attention
 
 TOPOLOGIES = ("H100", "v5e:1x1")
