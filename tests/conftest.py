@@ -27,6 +27,9 @@ import pytest  # noqa: E402
 
 from datencoder_jax.compilation import Program  # noqa: E402
 
+# Programs that are traced are millions of objects that stay; looking through them for garbage took a fifth of the time.
+gc.set_threshold(100_000, 50, 50)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of what the tests do: their programs are kept, apart from the user's.

@@ -1,5 +1,6 @@
 """Programs that compile in the background before a run needs them: all of them, and with the same results."""
 
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,3 +71,10 @@ def test_programs_that_were_not_begun_when_a_run_failed_compile_in_the_next(pipe
         raise KeyboardInterrupt
     tuned, _ = run(pipeline)
     assert len(tuned.report["losses"]) == STEPS
+
+
+def test_nothing_looks_for_garbage_while_programs_are_traced(pipeline):
+    found = []
+    with compiling_ahead(pipeline, lambda hollow: found.append(gc.isenabled())):
+        assert gc.isenabled()
+    assert found == [False]
