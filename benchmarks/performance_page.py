@@ -4,6 +4,8 @@
     python benchmarks/performance_page.py attention --topologies H100 v5e:1x1
     python benchmarks/performance_page.py programs --models 1.5 --topologies H100 v5e:1x1
     python benchmarks/performance_page.py training --configs configs/sd15_laion.py --topologies 8xH100 v5e:4x4
+    ACCELERATORS_TABLE=out/compiled.md make test-accelerators
+    python benchmarks/performance_page.py compiled --tables out/compiled.md
 
 Each part is measured by itself and kept in docs/performance.json; every call writes the page from all that is there.
 """
@@ -159,6 +161,7 @@ def describe(result) -> dict:
         "fused": [forward, backward],
         "work": result.costs.flops,
         "moved": result.costs.bytes,
+        "least_moved": trace_work(result.program.traced).bytes / result.program.devices,
         "sent": result.costs.sent,
         "kernels": result.costs.kernels,
         "least_seconds": result.times.least,
@@ -166,6 +169,16 @@ def describe(result) -> dict:
         "compile_seconds": result.seconds,
         "collectives": {kind: [t.count, t.bytes] for kind, t in result.costs.traffic.items()},
     }
+
+
+def read_compiled(tables: list[Path]) -> list[dict]:
+    """The rows of the tables that `make test-accelerators` writes."""
+    rows = []
+    for table in tables:
+        lines = [line.strip("|").split("|") for line in table.read_text("utf-8").splitlines()]
+        header, _, *cells = ([cell.strip() for cell in line] for line in lines)
+        rows += [dict(zip(header, row, strict=True)) for row in cells]
+    return rows
 
 
 def keep(part: str, rows: list[dict], *key: str) -> None:
@@ -185,16 +198,19 @@ def keep(part: str, rows: list[dict], *key: str) -> None:
 def main() -> None:
     """Measures what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("work", "attention", "programs", "training"))
+    parser.add_argument("part", choices=("work", "attention", "programs", "training", "compiled"))
     parser.add_argument("--models", nargs="+", default=["1.5"], choices=("1.5", "2.1", "XL"))
     parser.add_argument("--topologies", nargs="+", default=["H100"], metavar="NAME")
     parser.add_argument("--configs", nargs="+", default=["configs/sd15_laion.py"], metavar="RECIPE")
     parser.add_argument("--memory", nargs="+", type=int, default=[0], choices=(0, 8, 16, 24))
+    parser.add_argument("--tables", nargs="+", type=Path, default=[], metavar="FILE", help="of make test-accelerators")
     args = parser.parse_args()
     if args.part == "work":
         for version in args.models:
             keep("work", measure_work(version), "model")
-    for topology in args.topologies if args.part != "work" else ():
+    if args.part == "compiled":
+        keep("compiled", read_compiled(args.tables), "device", "program")
+    for topology in args.topologies if args.part not in ("work", "compiled") else ():
         if args.part == "attention":
             keep("attention", measure_attention(topology), "device")
         if args.part == "programs":

@@ -11,7 +11,13 @@ no program reaches. [`datencoder check`](check.md) measures the same on a real d
 
 def render_page(content: dict) -> str:
     """The page, with a section for every part that was measured."""
-    parts = (("work", _work), ("attention", _attention), ("programs", _programs), ("training", _training))
+    parts = (
+        ("work", _work),
+        ("attention", _attention),
+        ("programs", _programs),
+        ("training", _training),
+        ("compiled", _compiled),
+    )
     sections = [render(content[part]) + _made(content, part) for part, render in parts if content.get(part)]
     return "\n".join([INTRODUCTION, *sections])
 
@@ -75,14 +81,15 @@ def _programs(rows: list[dict]) -> str:
 
 The programs of `personalize` with the tuning-encoder (12 steps) and of drawing a full batch, weights in bfloat16; 1.5
 at 512 px, others at their own size. Memory is of the device while the program runs: its arguments, its work, and
-networks that lie beside it.
+networks that lie beside it. The least that has to be moved is every operand and result of the matrix products,
+convolutions and fused attentions once, as if all else were fused into these.
 """
     table = _table(["device", "model", "setting", *_DESCRIPTION], cells)
     return f"{text}\n{table}\nCompiling all of a first run took, on two cores that others used too:\n\n{totals}\n"
 
 
-_DESCRIPTION = ["program", "memory, GB", "arguments", "work", "fused attention", "TFLOP", "moved, GB", "kernels"]
-_DESCRIPTION += ["ms at least", "bound by", "compile, s"]
+_DESCRIPTION = ["program", "memory, GB", "arguments", "work", "fused attention", "TFLOP", "moved, GB", "least"]
+_DESCRIPTION += ["kernels", "ms at least", "bound by", "compile, s"]
 
 
 def _described(row: dict) -> list[str]:
@@ -95,6 +102,7 @@ def _described(row: dict) -> list[str]:
         f"{forward} + {backward}" if forward else "",
         f"{row['work'] / 1e12:.3g}",
         f"{row['moved'] / 1e9:,.3g}",
+        f"{row['least_moved'] / 1e9:,.3g}" if "least_moved" in row else "",
         f"{row['kernels']:,}",
         f"{1e3 * row['least_seconds']:,.3g}",
         row["limit"],
@@ -115,3 +123,13 @@ def _training(rows: list[dict]) -> str:
     ]
     header = ["device", "recipe", *_DESCRIPTION[1:], "images/s a device at most", "collectives"]
     return "## Pretraining\n\nOne step at 8 images a device.\n\n" + _table(header, cells)
+
+
+def _compiled(rows: list[dict]) -> str:
+    rows = sorted(rows, key=lambda row: (row["device"], row["program"]))
+    text = """## What `make test-accelerators` compiles
+
+Every method on the embedded model, Stable Diffusion 1.5 with all there is of the device's memory and with
+`--memory 8`, the training step of every recipe, the scores of the evaluation. Of what several methods share one row.
+"""
+    return f"{text}\n{_table(list(rows[0]), [list(row.values()) for row in rows])}"

@@ -88,6 +88,15 @@ def test_work_is_counted_before_any_compiler():
     assert count_work(jax.jit(jax.grad(loss)).trace(x, w).jaxpr).products == 3 * LAYERS * product
 
 
+def test_the_least_traffic_is_operands_and_results_of_products():
+    def layers(x, w):  # whose activation is fused into the product before it
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=LAYERS)[0]
+
+    x, w = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16), jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16)
+    work = count_work(jax.jit(layers).trace(x, w).jaxpr)
+    assert work.bytes == LAYERS * 2 * (2 * ROWS * WIDTH + WIDTH * WIDTH)
+
+
 def test_work_of_branches_loops_and_devices(mesh):
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     branches = jax.jit(lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x @ (x @ x), x))

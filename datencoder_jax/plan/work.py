@@ -1,4 +1,4 @@
-"""The arithmetic of a program, counted on its traced form: the same for every device and before any compiler.
+"""The arithmetic and least traffic of a program, counted on its traced form: before any compiler.
 
 A multiplication and an addition are two operations. Of a matrix product `[m, k] x [k, n]` there are `2 m k n`, of a
 convolution two for every pair of a result and a weight that meet an input. Fused attention, which is one primitive, has
@@ -6,6 +6,9 @@ with `b` samples, `h` heads, `q` queries, `k` keys and head dimension `d` (Dao e
 
     forward    4 b h q k d      scores, and their product with v                                     (1)
     backward  10 b h q k d      scores again, dp = do v', dv = p' do, dq = ds k, dk = ds' q          (2)
+
+These three are what a program computes with. All else is fused into them at best, so that a program moves at least
+what they read and write, every operand and every result once.
 
 The body of a scan counts as often as it runs, of a condition the largest branch. A loop of unknown length counts once
 and is marked.
@@ -28,12 +31,14 @@ class Work:
         products: of matrix products.
         convolutions: of convolutions.
         attention: of fused attention.
+        bytes: that all of these read and write, operands and results.
         known: whether every loop has a known length.
     """
 
     products: float = 0.0
     convolutions: float = 0.0
     attention: float = 0.0
+    bytes: float = 0.0
     known: bool = True
 
     @property
@@ -44,6 +49,7 @@ class Work:
         self.products += times * other.products
         self.convolutions += times * other.convolutions
         self.attention += times * other.attention
+        self.bytes += times * other.bytes
         self.known &= other.known
 
 
@@ -70,6 +76,9 @@ def _add_equation(work: Work, equation: Any) -> None:
         work.attention += _flash_attention(equation)
     else:
         _add_inner(work, equation)
+        return
+    results = (variable.aval for variable in equation.outvars)
+    work.bytes += sum(aval.size * aval.dtype.itemsize for aval in (*inputs, *results))
 
 
 def _add_inner(work: Work, equation: Any) -> None:
