@@ -50,11 +50,11 @@ ATTENTION = {
 
 def measure_work(version: str) -> list[dict]:
     """Arithmetic of tuning and of drawing beside the least possible, of both paths and of one."""
-    rows, target = [], find_machine("H100")
+    rows, machine = [], find_machine("H100")
     resolution = 512 if version == "1.5" else None
     for method, paths in (("datencoder", 2), ("lora", 1)):
         memory = for_xl(Memory()) if version == "XL" else Memory()
-        pipeline = shapes.pipeline_of_version(version, method, memory)
+        pipeline = shapes.pipeline_of_version(version, method, memory, machine.target)
         unet, side = pipeline.base.unet.config, pipeline.side(resolution)
         least = least_work(unet, side)
         draws, images = memory.draws, memory.batch
@@ -63,7 +63,7 @@ def measure_work(version: str) -> list[dict]:
             "tuning": STEPS * (least.forward(draws, paths=paths) + least.input_gradient(draws, paths=paths) + text),
             "sampling": SAMPLING_STEPS * least.forward(2 * images, paths=paths),
         }
-        programs = record_programs(pipeline, target.devices[0], method=method, steps=STEPS, resolution=resolution)
+        programs = record_programs(pipeline, machine.devices[0], method=method, steps=STEPS, resolution=resolution)
         for program in programs:
             if program.name not in wanted:
                 continue
@@ -127,7 +127,7 @@ def measure_programs(version: str, topology: str, size: int) -> list[dict]:
     """Every program of personalizing with the tuning-encoder and drawing."""
     machine, rows = find_machine(topology), []
     setting = PRESETS[size] if size else (for_xl(Memory()) if version == "XL" else Memory())
-    pipeline = shapes.pipeline_of_version(version, "datencoder", setting)
+    pipeline = shapes.pipeline_of_version(version, "datencoder", setting, machine.target)
     resolution = 512 if version == "1.5" else None
     for program in record_programs(pipeline, machine.devices[0], steps=STEPS, resolution=resolution):
         result = measure(program, machine)
@@ -141,7 +141,7 @@ def measure_training(config: str, topology: str) -> list[dict]:
     machine = find_machine(topology)
     changes = [f"batch_size={8 * len(machine.devices)}", "accumulate=1"]
     recipe = load_recipe(Path(config), "full", changes)
-    base = shapes.stable_diffusion(recipe.architecture, recipe.dtype, vision=True)
+    base = shapes.stable_diffusion(recipe.architecture, recipe.dtype, machine.target, vision=True)
     result = measure(trace_training_step(recipe, base, machine.devices), machine)
     row = {"device": topology, "recipe": Path(config).stem, **describe(result)}
     row["images_per_second_per_device"] = result.images_per_second and result.images_per_second / len(machine.devices)

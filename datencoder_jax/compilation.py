@@ -120,10 +120,10 @@ class Program:
             return _dry_run(self, args, kwargs)
         key, dynamic = self._key(args, kwargs)
         compiled = self._compiled.get(key)
-        if compiled is None or isinstance(compiled, Future):
-            is_under_way = compiled is not None and not compiled.cancelled()
-            started = compiled if is_under_way else functools.partial(self._compile, args, kwargs)
-            compiled = self._compiled[key] = self._wait(started, quiet)
+        if compiled is None or (isinstance(compiled, Future) and compiled.cancelled()):
+            compiled = self._compiled[key] = self._wait(functools.partial(self._compile, args, kwargs), quiet)
+        elif isinstance(compiled, Future):
+            compiled = self._compiled[key] = self._wait(compiled, quiet)
         return compiled(*args, **dynamic)
 
     def _key(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -1,13 +1,17 @@
 """Plans of what personalization takes, by version of Stable Diffusion: the sizes they go by, and what is compiled."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from datencoder_jax import cli
 from datencoder_jax.commands import plan as command
+from datencoder_jax.memory import PRESETS, Memory, for_xl
 from datencoder_jax.plan import measure, shapes
+from datencoder_jax.runtime.target import Target
 from datencoder_jax.training.recipes import load_recipe
 
 
@@ -22,6 +26,23 @@ from datencoder_jax.training.recipes import load_recipe
 def test_versions_have_the_sizes_they_are_known_for(version, counts):
     base = shapes.stable_diffusion(version, "bfloat16", vision=True)
     assert {name: sum(x.size for x in getattr(base, name).params.values()) for name in counts} == counts
+
+
+def test_a_device_computes_in_its_own_type():
+    """A T4 has no units for bfloat16, so that a run on it computes in float32."""
+    for capability, dtype in (((7, 5), "float32"), ((9, 0), "bfloat16")):
+        base = shapes.pipeline_of_version("XL", "lora", Memory(), Target("cuda", capability)).base
+        assert base.unet.dtype == base.text_2.dtype == dtype and base.vae.dtype == "float32"
+        assert {x.dtype for x in base.unet.params.values()} == {jnp.dtype("bfloat16")}
+
+
+def test_without_memory_a_plan_has_what_a_run_chooses():
+    def setting(gigabytes, is_xl=False):
+        machine = Namespace(target_with_memory=Target("cuda", (9, 0), gigabytes * 10**9))
+        return command._memory_setting(None, machine, is_large=True, is_xl=is_xl)
+
+    assert setting(16) == PRESETS[16] and setting(80) == Memory()
+    assert setting(80, is_xl=True) == for_xl(Memory()) != Memory()
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ class Workload:
 def make_random_pipeline() -> Pipeline:
     """Stable Diffusion 1.5 with OpenCLIP's ViT-H/14 and a tuning-encoder, in bfloat16, with random weights."""
     target = current_target()
-    base, settings = stable_diffusion("1.5", "bfloat16", vision=True), memory.choose(True, target)
+    base, settings = stable_diffusion("1.5", "bfloat16", target, vision=True), memory.choose(True, target)
     encoder, folders = tuning_encoder(base), tokenizer_folders(base)
     hollow = hollow_pipeline(base, folders, settings, name="Stable Diffusion 1.5, random weights", encoder=encoder)
     place: Any = np.asarray if settings.in_parts else jnp.asarray

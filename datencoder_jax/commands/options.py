@@ -373,8 +373,14 @@ def _add_plan(commands: Any) -> None:
         help=f"to personalize with: {', '.join(_METHODS)} (default: {_METHODS[0]})",
     )
     add("--steps", type=integer(1), metavar="N", help="of tuning (default: the method's; 25 at most in one program)")
-    add("--memory", nargs="+", type=int, choices=(0, 8, 16, 24), help="settings as for personalize; 0 for none")
-    add("--resolution", type=integer(64), default=512, metavar="PIXELS", help="without a recipe (default: %(default)s)")
+    add(
+        "--memory",
+        nargs="+",
+        type=int,
+        choices=(0, 8, 16, 24),
+        help="settings as for personalize; 0 for none (default: what personalize chooses on the device)",
+    )
+    add("--resolution", type=integer(64), metavar="PIXELS", help="without a recipe (default: the model's own)")
     add("--effort", choices=("O0", "O1", "O2", "O3"), default="O0", help="the compiler's level (default: %(default)s)")
     add("--json", action="store_true", help="print JSON instead of a table")
 

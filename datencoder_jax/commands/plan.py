@@ -69,7 +69,7 @@ def _plan_recipe(args: Namespace, machine: "Machine") -> bool:
     from datencoder_jax.training.recipes import load_recipe
 
     config: Any = load_recipe(args.config, args.variant, args.set)
-    base = _base_of_recipe(args.config, config)
+    base = _base_of_recipe(args.config, config, machine)
     results = []
     if "train" in (args.programs or ("train",)):
         results.append(_measure(trace_training_step(config, base, machine.devices), machine))
@@ -95,16 +95,12 @@ def _plan_recipe(args: Namespace, machine: "Machine") -> bool:
 
 def _programs_of_users(args: Namespace, config: Any, base: "Base", machine: "Machine") -> "Iterator[PlannedProgram]":
     """What personalizing with the recipe's encoder runs on one device."""
-    from datencoder_jax import memory
     from datencoder_jax.checkpoints.hub import TOYWORLD
     from datencoder_jax.plan.dry_run import hollow_pipeline, record_programs, tokenizer_folders
     from datencoder_jax.plan.shapes import domain_encoder, tuning_encoder
 
-    if args.memory:
-        setting = _memory_setting(args.memory[0])
-    else:
-        setting = memory.choose(config.model != TOYWORLD, machine.target_with_memory)
-        setting = memory.for_xl(setting) if base.text_2 is not None else setting
+    size, is_xl = args.memory[0] if args.memory else None, base.text_2 is not None
+    setting = _memory_setting(size, machine, is_large=config.model != TOYWORLD, is_xl=is_xl)
     method = "e4t" if config.stage == "e4t" else args.methods[0]
     encoder = None
     if method == "datencoder":
@@ -125,7 +121,7 @@ def _toyworld_tokenizer() -> Path:
     return ASSETS / TOYWORLD / "tokenizer"
 
 
-def _base_of_recipe(path: Path, config: Any) -> "Base":
+def _base_of_recipe(path: Path, config: Any, machine: "Machine") -> "Base":
     """The recipe's base model as shapes: those of a folder, if it is here, or of its version."""
     from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
     from datencoder_jax.plan.shapes import VERSIONS, base_of_folder, stable_diffusion
@@ -133,10 +129,10 @@ def _base_of_recipe(path: Path, config: Any) -> "Base":
     if config.get("stage") not in ("encoder", "e4t") or "architecture" not in config:
         raise UserError(f"{path} is no recipe of an encoder on pictures, such as configs/sd15_laion.py")
     if config.model == TOYWORLD or Path(config.model).is_dir():
-        return base_of_folder(resolve_base(config.model), config.dtype)
+        return base_of_folder(resolve_base(config.model), config.dtype, machine.target)
     if config.architecture not in VERSIONS:
         raise UserError(f"architecture is {config.architecture!r}; it can be {', '.join(VERSIONS)}")
-    return stable_diffusion(config.architecture, config.dtype, vision=True)
+    return stable_diffusion(config.architecture, config.dtype, machine.target, vision=True)
 
 
 def _measure(program: "PlannedProgram", machine: "Machine") -> "Result":
@@ -168,7 +164,7 @@ def _plan_models(args: Namespace, machine: "Machine") -> bool:
         rows.append({"model": version, "method": method, "memory": size} | result.to_dict())
         too_large += [] if result.fits else [result]
         if not args.json:
-            setting = f"`--memory {size}`" if size else "none"
+            setting = "chosen" if size is None else f"`--memory {size}`"
             say(row([version, method, setting, program.name], result))
     if args.json:
         say(json.dumps({"machine": machine.name, "effort": args.effort, "rows": rows}, indent=1))
@@ -179,15 +175,15 @@ def _plan_models(args: Namespace, machine: "Machine") -> bool:
 
 def _results_of_models(args: Namespace, machine: "Machine") -> Iterator[tuple]:
     """`(version, method, setting, program, result)` of every program; equal programs are compiled once."""
-    from datencoder_jax import memory
     from datencoder_jax.plan.dry_run import record_programs
     from datencoder_jax.plan.shapes import pipeline_of_version
 
     compiled: dict[Any, Result] = {}
     for version in args.models:
         for method in args.methods:
-            for size in args.memory or (0, *memory.PRESETS):
-                pipeline = pipeline_of_version(version, method, _memory_setting(size))
+            for size in args.memory or (None,):
+                setting = _memory_setting(size, machine, is_large=True, is_xl=version == "XL")
+                pipeline = pipeline_of_version(version, method, setting, machine.target)
                 options = {"method": method, "steps": args.steps, "resolution": args.resolution}
                 for program in record_programs(pipeline, machine.devices[0], **options):
                     if args.programs and program.key not in args.programs:
@@ -198,8 +194,11 @@ def _results_of_models(args: Namespace, machine: "Machine") -> Iterator[tuple]:
                     yield version, method, size, program, compiled[key].for_program(program)
 
 
-def _memory_setting(size: int) -> "Memory":
-    """What `--memory` says; 0 for no savings."""
-    from datencoder_jax.memory import PRESETS, Memory
+def _memory_setting(size: int | None, machine: "Machine", *, is_large: bool, is_xl: bool) -> "Memory":
+    """What `--memory` says, 0 for no savings; without it, what a run chooses on the device."""
+    from datencoder_jax.memory import PRESETS, Memory, choose, for_xl
 
-    return PRESETS.get(size, Memory())
+    if size is not None:
+        return PRESETS.get(size, Memory())
+    chosen = choose(is_large, machine.target_with_memory)
+    return for_xl(chosen) if is_xl else chosen

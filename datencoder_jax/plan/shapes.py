@@ -22,6 +22,7 @@ from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.plan.dry_run import hollow_pipeline, tokenizer_folders
+from datencoder_jax.runtime.target import Target
 from datencoder_jax.training.encoder_stage import abstract_config, abstract_domain_config
 
 _TEXT_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
@@ -81,15 +82,17 @@ ENCODER = {"rank": 4, "width": 768, "depth": 4, "heads": 12}
 """Sizes of the tuning-encoders that the recipes for Stable Diffusion pretrain."""
 
 
-def stable_diffusion(version: str, dtype: str, *, vision: bool = False) -> Base:
-    """Stable Diffusion of one of `VERSIONS`, stored and computed in `dtype` (XL's VAE computes in float32).
+def stable_diffusion(version: str, dtype: str, target: Target | None = None, *, vision: bool = False) -> Base:
+    """Stable Diffusion of one of `VERSIONS`, stored in `dtype` (XL's VAE computes in float32).
 
     Args:
+        target: the device, which may compute in another type (`Target.compute_dtype`); None for one that does not.
         vision: whether with OpenCLIP's ViT-H/14 as its vision tower.
     """
     prediction = "v_prediction" if version == "2.1" else "epsilon"
     schedule = replace(_SCHEDULE, prediction_type=prediction)
-    return _base(dtype, _UNETS[version], _VAE, _TEXTS[version], _VIT_H if vision else None, schedule)
+    vision_config = _VIT_H if vision else None
+    return _base(dtype, target, _UNETS[version], _VAE, _TEXTS[version], vision_config, schedule)
 
 
 def tuning_encoder(base: Base, sizes: Mapping[str, Any] = ENCODER) -> Model:
@@ -106,17 +109,17 @@ def domain_encoder(base: Base, domain: str, sizes: Mapping[str, Any] = ENCODER) 
     return Model(DomainEncoder, config, params)
 
 
-def pipeline_of_version(version: str, method: str, memory: Memory) -> Pipeline:
+def pipeline_of_version(version: str, method: str, memory: Memory, target: Target) -> Pipeline:
     """Stable Diffusion of one of `VERSIONS` in bfloat16, with the encoder that a method needs, of hollow arrays."""
     kind = METHODS[method].encoder
-    base, encoder = stable_diffusion(version, "bfloat16", vision=kind is not None), None
+    base, encoder = stable_diffusion(version, "bfloat16", target, vision=kind is not None), None
     if kind is not None:
         encoder = tuning_encoder(base) if kind == "encoder" else domain_encoder(base, "face")
     return hollow_pipeline(base, tokenizer_folders(base), memory, name=f"Stable Diffusion {version}", encoder=encoder)
 
 
-def base_of_folder(path: Path, dtype: str) -> Base:
-    """A base model with the sizes that a diffusers folder's configurations say."""
+def base_of_folder(path: Path, dtype: str, target: Target | None = None) -> Base:
+    """A base model with the sizes that a diffusers folder's configurations say; other arguments as above."""
 
     def config(name: str, kind: Any) -> Any:
         return kind.from_dict(json.loads((path / name).read_text("utf-8")))
@@ -126,18 +129,22 @@ def base_of_folder(path: Path, dtype: str) -> Base:
     texts += [config("text_encoder_2/config.json", CLIPTextConfig)] if second.is_file() else []
     vision = config("image_encoder/config.json", CLIPVisionConfig) if eyes.is_file() else None
     unet, vae = config("unet/config.json", UNetConfig), config("vae/config.json", VAEConfig)
-    return _base(dtype, unet, vae, texts, vision, config("scheduler/scheduler_config.json", ScheduleConfig))
+    return _base(dtype, target, unet, vae, texts, vision, config("scheduler/scheduler_config.json", ScheduleConfig))
 
 
-def _base(dtype: str, unet: Any, vae: Any, texts: Any, vision: Any, schedule: ScheduleConfig) -> Base:
-    def model(kind: type, config: Any, compute: str = dtype) -> Any:
+def _base(
+    dtype: str, target: Target | None, unet: Any, vae: Any, texts: Any, vision: Any, schedule: ScheduleConfig
+) -> Base:
+    compute_dtype = dtype if target is None else target.compute_dtype(dtype)
+
+    def model(kind: type, config: Any, compute: str = compute_dtype) -> Any:
         shapes = abstract_params(kind, config).items()
         return Model(kind, config, {name: _shape(x.shape, jnp.dtype(dtype)) for name, x in shapes}, compute)
 
     first, *others = texts
     return Base(
         unet=model(UNet2DConditionModel, unet),
-        vae=model(AutoencoderKL, vae, "float32" if others else dtype),
+        vae=model(AutoencoderKL, vae, "float32" if others else compute_dtype),
         text=model(CLIPTextModel, first),
         text_2=model(CLIPTextModel, others[0]) if others else None,
         vision=vision and model(CLIPVisionModel, vision),

@@ -78,7 +78,7 @@ def test_stable_diffusion(version, topology, memory, compiled):
     machine = find_machine(topology)
     settings = choose(True, machine.target_with_memory) if memory == "chosen" else PRESETS[memory]
     settings = for_xl(settings) if version == "XL" and memory == "chosen" else settings
-    pipeline = shapes.pipeline_of_version(version, "datencoder", settings)
+    pipeline = shapes.pipeline_of_version(version, "datencoder", settings, machine.target)
     budgets = BUDGETS.get((version, memory, topology), {})
     resolution = 512 if version == "1.5" else None
     for program in record_programs(pipeline, machine.devices[0], steps=12, resolution=resolution):

@@ -32,7 +32,7 @@ def test_recipes_on_photographs(topology, recipe, compiled):
     # Eight images on each device at a time, whatever the recipe has on more devices.
     changes = [f"batch_size={8 * len(machine.devices)}", "accumulate=1"]
     config = load_recipe(CONFIGS / f"{recipe}.py", "full", changes)
-    base = shapes.stable_diffusion(config.architecture, config.dtype, vision=True)
+    base = shapes.stable_diffusion(config.architecture, config.dtype, machine.target, vision=True)
     program = trace_training_step(config, base, machine.devices)
     result = compiled(program, machine, recipe)
     check_training_step(result, program)
