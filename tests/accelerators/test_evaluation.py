@@ -17,7 +17,7 @@ from datencoder_jax.runtime.target import lowering_for
 
 ROWS = 8
 # ViT-B/32 of CLIP and ViT-S/16 of DINO, which DreamBooth's scores are of.
-VISION = CLIPVisionConfig(768, 3072, 512, 12, 12, 224, 32, with_projection=True)
+VISION = CLIPVisionConfig(with_projection=True)
 TEXT = CLIPTextConfig(hidden_size=512, intermediate_size=2048, num_attention_heads=8, with_projection=True)
 
 
