@@ -1,8 +1,6 @@
 """`python -m datencoder_jax` is `datencoder`."""
 
-import sys
-
-from datencoder_jax.cli import main
+from datencoder_jax.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

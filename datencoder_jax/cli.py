@@ -50,6 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
+def run_and_exit() -> NoReturn:
+    """The installed command: `main`, after which nobody waits for programs that still compile in the background."""
+    status = main()
+    compilation = sys.modules.get("datencoder_jax.compilation")
+    if compilation is not None and compilation.is_compiling():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _run(argv: Sequence[str] | None) -> int:
     try:
         args = build_parser().parse_args(argv)

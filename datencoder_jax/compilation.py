@@ -93,6 +93,14 @@ def forget_compiled() -> None:
         program._compiled.clear()
 
 
+_under_way: "weakref.WeakSet[Future]" = weakref.WeakSet()
+
+
+def is_compiling() -> bool:
+    """Whether a program is being compiled in the background."""
+    return any(future.running() for future in _under_way)
+
+
 class Program:
     """A jitted function that is compiled ahead of its first call, under a printed line.
 
@@ -123,6 +131,7 @@ class Program:
         if compiled is None or (isinstance(compiled, Future) and compiled.cancelled()):
             compiled = self._compiled[key] = self._wait(functools.partial(self._compile, args, kwargs), quiet)
         elif isinstance(compiled, Future):
+            del self._compiled[key]  # of one that fails, so that the next call tries again
             compiled = self._compiled[key] = self._wait(compiled, quiet)
         return compiled(*args, **dynamic)
 
@@ -146,7 +155,9 @@ class Program:
         key, traced = self._key(args, kwargs)[0], self.trace(*args, **kwargs)
         if key not in self._compiled:
             enable_cache()
-            self._compiled[key] = executor.submit(traced.lower().compile, current_target().compiler_options())
+            future = executor.submit(traced.lower().compile, current_target().compiler_options())
+            self._compiled[key] = future
+            _under_way.add(future)
         return traced
 
     def _compile(self, args: tuple, kwargs: dict[str, Any]):

@@ -57,19 +57,25 @@ def compiling_ahead(pipeline: Pipeline, run: Callable[[Pipeline], Any]) -> Itera
         programs.add(program)
         return jax.tree.map(hollow_array, program.compile_in_background(executor, *args, **kwargs).out_info)
 
+    print(
+        "preparing the programs, which compile meanwhile (cached afterwards) ...", end=" ", file=sys.stderr, flush=True
+    )
     try:
-        with dry_run(start), _no_garbage_collection():
-            run(without_weights(pipeline))
-        text = f"compiling {len(programs)} programs, {at_once} at a time (cached afterwards)"
-        print(text, file=sys.stderr, flush=True)
-        yield time.perf_counter() - started
+        try:
+            with dry_run(start), _without_garbage_collection():
+                run(without_weights(pipeline))
+        finally:  # whatever is said of a failure gets a line of its own
+            seconds = time.perf_counter() - started
+            print(f"{len(programs)} in {seconds:.1f} s", file=sys.stderr, flush=True)
+        yield seconds
     finally:  # what nobody waits for any more is not begun
         executor.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing makes millions of objects that stay: searching them for garbage takes a third of its time."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Turns off Python's garbage collector: tracing makes millions of objects that stay, and looking through them for
+    garbage takes a third of its time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

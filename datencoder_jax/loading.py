@@ -22,7 +22,7 @@ from datencoder_jax.encoder.features import tapped_layers
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, choose, for_xl
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
-from datencoder_jax.runtime.target import current_target
+from datencoder_jax.runtime.target import Target, current_target
 from datencoder_jax.typing import AnyArray, Concept
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -70,8 +70,7 @@ def load(
     path = resolve_base(model)
     large, target = _bytes(path) > _LARGE, current_target()
     settings = choose(large, target) if memory is None else PRESETS[memory]
-    if dtype == "auto":
-        dtype = "float32" if target.platform == "cpu" and not large else "bfloat16"
+    dtype = stored_dtype(large, target) if dtype == "auto" else dtype
     compute = target.compute_dtype(dtype) if compute_dtype == "auto" else compute_dtype
     with on_host() if settings.in_parts else nullcontext():
         pipeline = read_pipeline(path, str(model), dtype=dtype, compute_dtype=compute, prediction_type=prediction_type)
@@ -86,6 +85,11 @@ def load(
     if settings.in_parts:
         pipeline = replace(pipeline, base=jax.device_get(pipeline.base), encoder=jax.device_get(pipeline.encoder))
     return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
+
+
+def stored_dtype(large: bool, target: Target) -> str:
+    """How weights are stored where nothing else is asked for; arguments as for `memory.choose`."""
+    return "float32" if target.platform == "cpu" and not large else "bfloat16"
 
 
 def with_encoder(pipeline: Pipeline, folder: str | Path) -> Pipeline:

@@ -297,6 +297,7 @@ def gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(availability, "_DRIVER_VERSION", version)
         monkeypatch.setattr(availability, "_DEVICE_FILES", ())
         monkeypatch.setattr(availability, "has_cuda_plugin", lambda: plugin)
+        monkeypatch.setattr(availability, "has_cuda_libraries", lambda: plugin)
         monkeypatch.delenv("JAX_PLATFORMS", raising=False)
 
     return make
@@ -327,6 +328,12 @@ def test_no_gpu_is_not_explained(gpu):
     assert availability.explain_unused_gpu("cpu") is None and availability.nvidia_driver() is None
     gpu("550.54.15", True)
     assert availability.explain_unused_gpu("gpu") is None
+
+
+def test_the_compiler_for_plans_alone_is_no_reason_to_expect_a_gpu(gpu, monkeypatch):
+    gpu(None, True)
+    monkeypatch.setattr(availability, "has_cuda_libraries", lambda: False)
+    assert availability.explain_unused_gpu("cpu") is None
 
 
 @pytest.mark.parametrize("command", [["info"], ["check"], ["personalize", str(ROOT / "examples" / "robot.png")]])

@@ -1,6 +1,8 @@
 """Programs that compile in the background before a run needs them: all of them, and with the same results."""
 
 import gc
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -78,3 +80,39 @@ def test_nothing_looks_for_garbage_while_programs_are_traced(pipeline):
     with compiling_ahead(pipeline, lambda hollow: found.append(gc.isenabled())):
         assert gc.isenabled()
     assert found == [False]
+
+
+def test_a_program_that_failed_to_compile_is_compiled_again_by_the_next_call(monkeypatch):
+    program, real, failures = compilation.Program("failing once", lambda x: x + 1.0), jax.stages.Lowered.compile, [1]
+
+    def fail_once(*args):
+        if failures:
+            raise MemoryError(failures.pop())
+        return real(*args)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail_once)
+    with ThreadPoolExecutor(1) as executor:
+        program.compile_in_background(executor, jax.ShapeDtypeStruct((3,), jnp.float32))
+    with pytest.raises(MemoryError):
+        program(jnp.zeros(3), quiet=True)
+    np.testing.assert_array_equal(program(jnp.zeros(3), quiet=True), np.ones(3))
+
+
+COMMAND = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+import jax
+from datencoder_jax import cli, compilation
+
+program = compilation.Program("slow", lambda x: x)
+jax.stages.Lowered.compile = lambda *_: time.sleep(600)
+program.compile_in_background(ThreadPoolExecutor(1), jax.ShapeDtypeStruct((3,), "float32"))
+cli.main = lambda: 2
+while not compilation.is_compiling():
+    time.sleep(0.01)
+cli.run_and_exit()
+"""
+
+
+def test_the_command_does_not_wait_for_what_nobody_needs():
+    assert subprocess.run([sys.executable, "-c", COMMAND], timeout=120).returncode == 2

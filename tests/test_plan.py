@@ -375,6 +375,8 @@ def test_what_fits_is_no_failure(recipe, planned, monkeypatch, capsys):
         (["--config", "RECIPE", "--set", "accumulate=3"], "a batch of 32 cannot be taken in 3 parts by 8 devices"),
         (["--config", "RECIPE", "--memory", "8", "16"], "there is one method and one setting of --memory"),
         (["--config", "RECIPE", "--methods", "lora", "datencoder"], "there is one method and one setting of --memory"),
+        (["--config", "RECIPE", "--methods", "e4t"], "e4t does not start from the encoder that"),
+        (["--config", "RECIPE", "--resolution", "64"], "change it with --set resolution=PIXELS"),
         (["--models", "1.5", "--programs", "train"], "the program train is of a recipe"),
         (["--models", "1.5", "--set", "seed=1"], "--set and --variant are of a recipe"),
         (["--config", "RECIPE", "--set", "stage=unet"], "is no recipe of an encoder"),

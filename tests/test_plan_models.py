@@ -91,7 +91,9 @@ def test_a_gpu_that_is_too_small_is_a_sentence_and_status_1(measured, monkeypatc
     arguments = ["--models", "1.5", "--memory", "8", "--methods", "lora", "--programs", "vae-decoding"]
     assert cli.main(["plan", *arguments]) == 1
     output = capsys.readouterr().out
-    assert "| NO |" in output and "VAE decoding does not fit: it needs 20.0 GB of 16.0 GB; try --memory 8" in output
+    assert (
+        "| NO |" in output and "1.5 lora, VAE decoding does not fit: it needs 20.0 GB of 16.0 GB; try a lower" in output
+    )
 
 
 def test_a_plan_of_chosen_programs(measured):

@@ -47,7 +47,7 @@ def check_diffusers(workload: Workload) -> Outcome:
     try:
         return compare_with_diffusers(workload.pipeline, workload.image, "cuda")
     except torch.cuda.OutOfMemoryError as error:
-        raise LeftOut("JAX leaves torch too little memory; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.4") from error
+        raise LeftOut("JAX leaves torch too little memory; set XLA_CLIENT_MEM_FRACTION=0.4") from error
 
 
 def compare_with_diffusers(

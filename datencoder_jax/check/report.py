@@ -1,4 +1,4 @@
-"""A check as a table for people, as JSON, and as a row of docs/performance.md."""
+"""A check as a table for people, as JSON, and as a row for a table of devices."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime

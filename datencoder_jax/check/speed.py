@@ -30,14 +30,6 @@ PICTURES = 4
 STAGES = ("prediction", "drawing", "tuning")
 """In this order each takes more memory than those before, so that the device's peak is the stage's own."""
 
-_STAGE_OF_PROGRAM = {
-    "image features": "prediction",
-    "prediction": "prediction",
-    "sampling": "drawing",
-    "VAE decoding": "drawing",
-}
-"""By the program's name; all others prepare tuning, or tune."""
-
 
 class Timing(NamedTuple):
     """Seconds of a stage.
@@ -132,18 +124,14 @@ def _run_stages(pipeline: Pipeline, image: np.ndarray, steps: int, pictures: int
 
 def count_stage_work(pipeline: Pipeline, image: np.ndarray, steps: int, pictures: int) -> dict[str, float]:
     """The operations of each stage, from a dry run."""
-    hollow = without_weights(pipeline)
-
-    def run() -> None:
-        for call in _stages(hollow, image, steps, pictures, quiet=True).values():
-            call()
-
-    work: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    names: set[str] = set()
-    for program in record_run(run, hollow, jax.local_devices()[0]):
-        stage = _STAGE_OF_PROGRAM.get(program.name, "tuning")
-        # A prediction that is to be tuned is another program than one that is not, and as much work.
-        if stage == "tuning" or program.name not in names:
-            work[stage] += trace_work(program.traced).total
-        names.add(program.name)
+    hollow, device = without_weights(pipeline), jax.local_devices()[0]
+    work: dict[str, float] = {}
+    predicting: set[Any] = set()
+    for stage, call in _stages(hollow, image, steps, pictures, quiet=True).items():
+        programs = list(record_run(call, hollow, device))
+        if stage == "prediction":
+            predicting = {(program.name, program.signature) for program in programs}
+        elif stage == "tuning":  # which begins with a prediction, and is timed without it
+            programs = [program for program in programs if (program.name, program.signature) not in predicting]
+        work[stage] = sum(program.calls * trace_work(program.traced).total for program in programs)
     return work

@@ -22,12 +22,15 @@ def run(args: Namespace) -> None:
     from datencoder_jax.check.run import list_parts, run_parts
     from datencoder_jax.compilation import without_cache
 
+    parts = []
     with without_cache():  # what compiling takes is part of what is measured
-        parts = list(run_parts(list_parts(args.quick), args.minutes))
-    content = describe_check(parts, quick=args.quick, minutes=args.minutes)
+        for part in run_parts(list_parts(args.quick), args.minutes):
+            parts.append(part)
+            # After every part, so that nothing is lost if a later one is interrupted.
+            content = describe_check(parts, quick=args.quick, minutes=args.minutes)
+            texts = {"check.json": json.dumps(content, indent=1), "check.md": f"{ROW_HEADER}\n{format_row(parts)}"}
+            write_all(out, {name: partial(_write_text, text=f"{text}\n") for name, text in texts.items()})
     say(format_table(parts))
-    texts = {"check.json": json.dumps(content, indent=1) + "\n", "check.md": f"{ROW_HEADER}\n{format_row(parts)}\n"}
-    write_all(out, {name: partial(_write_text, text=text) for name, text in texts.items()})
     say(f"{'passed' if content['passed'] else 'FAILED'}; wrote check.json and check.md to {out}")
     if not content["passed"]:
         raise SystemExit(1)

@@ -132,7 +132,7 @@ Its parts, in this order:
 
 Its exit status is 1 if a comparison or a part fails; the other parts are run all the same. It writes to --out:
   check.json    all numbers
-  check.md      a row for docs/performance.md""",
+  check.md      a row for a table of devices""",
     "toyworld": """\
   datencoder toyworld --out robot.png
   datencoder toyworld --class fish --seed 3 --scene underwater --out fish.png

@@ -59,6 +59,8 @@ def _check_options(args: Namespace) -> None:
         raise UserError("--set and --variant are of a recipe; name it with --config, or leave them out")
     if args.config is None and "train" in (args.programs or ()):
         raise UserError("the program train is of a recipe; name it with --config")
+    if args.config is not None and args.resolution is not None:
+        raise UserError("a recipe has a resolution of its own; change it with --set resolution=PIXELS")
 
 
 def _plan_recipe(args: Namespace, machine: "Machine") -> bool:
@@ -69,13 +71,16 @@ def _plan_recipe(args: Namespace, machine: "Machine") -> bool:
     from datencoder_jax.training.recipes import load_recipe
 
     config: Any = load_recipe(args.config, args.variant, args.set)
-    base = _base_of_recipe(args.config, config, machine)
+    is_domain, method = config.get("stage") == "e4t", args.methods[0]
+    if (method == "e4t" and not is_domain) or (is_domain and method not in ("e4t", "datencoder")):
+        raise UserError(f"{method} does not start from the encoder that {args.config} pretrains; leave --methods out")
+    base = _base_of_recipe(args.config, config, config.dtype, machine)
     results = []
     if "train" in (args.programs or ("train",)):
         results.append(_measure(trace_training_step(config, base, machine.devices), machine))
     step = results[0] if results else None
     if set(args.programs or ("sampling",)) - {"train"}:
-        results += [_measure(program, machine) for program in _programs_of_users(args, config, base, machine)]
+        results += [_measure(program, machine) for program in _programs_of_users(args, config, machine)]
     changes = advice.knobs(config, step) if step and not step.fits else []
     if args.json:
         content = {"config": str(args.config), "machine": machine.name, "effort": args.effort}
@@ -93,12 +98,15 @@ def _plan_recipe(args: Namespace, machine: "Machine") -> bool:
     return all(result.fits for result in results)
 
 
-def _programs_of_users(args: Namespace, config: Any, base: "Base", machine: "Machine") -> "Iterator[PlannedProgram]":
+def _programs_of_users(args: Namespace, config: Any, machine: "Machine") -> "Iterator[PlannedProgram]":
     """What personalizing with the recipe's encoder runs on one device."""
     from datencoder_jax.checkpoints.hub import TOYWORLD
+    from datencoder_jax.loading import stored_dtype
     from datencoder_jax.plan.dry_run import hollow_pipeline, record_programs, tokenizer_folders
     from datencoder_jax.plan.shapes import domain_encoder, tuning_encoder
 
+    dtype = stored_dtype(config.model != TOYWORLD, machine.target)
+    base = _base_of_recipe(args.config, config, dtype, machine)
     size, is_xl = args.memory[0] if args.memory else None, base.text_2 is not None
     setting = _memory_setting(size, machine, is_large=config.model != TOYWORLD, is_xl=is_xl)
     method = "e4t" if config.stage == "e4t" else args.methods[0]
@@ -121,7 +129,7 @@ def _toyworld_tokenizer() -> Path:
     return ASSETS / TOYWORLD / "tokenizer"
 
 
-def _base_of_recipe(path: Path, config: Any, machine: "Machine") -> "Base":
+def _base_of_recipe(path: Path, config: Any, dtype: str, machine: "Machine") -> "Base":
     """The recipe's base model as shapes: those of a folder, if it is here, or of its version."""
     from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
     from datencoder_jax.plan.shapes import VERSIONS, base_of_folder, stable_diffusion
@@ -129,10 +137,10 @@ def _base_of_recipe(path: Path, config: Any, machine: "Machine") -> "Base":
     if config.get("stage") not in ("encoder", "e4t") or "architecture" not in config:
         raise UserError(f"{path} is no recipe of an encoder on pictures, such as configs/sd15_laion.py")
     if config.model == TOYWORLD or Path(config.model).is_dir():
-        return base_of_folder(resolve_base(config.model), config.dtype, machine.target)
+        return base_of_folder(resolve_base(config.model), dtype, machine.target)
     if config.architecture not in VERSIONS:
         raise UserError(f"architecture is {config.architecture!r}; it can be {', '.join(VERSIONS)}")
-    return stable_diffusion(config.architecture, config.dtype, machine.target, vision=True)
+    return stable_diffusion(config.architecture, dtype, machine.target, vision=True)
 
 
 def _measure(program: "PlannedProgram", machine: "Machine") -> "Result":
@@ -142,19 +150,27 @@ def _measure(program: "PlannedProgram", machine: "Machine") -> "Result":
     return measure(program, machine)
 
 
-def _explain_misfit(result: "Result") -> None:
+def _explain_misfit(result: "Result", label: str = "", *, is_smallest: bool = False) -> None:
+    """Says that a program does not fit.
+
+    Args:
+        label: what the program is of, such as "1.5 lora".
+        is_smallest: whether it has the setting that takes least already.
+    """
     if result.fits:
         return
     room = result.room
     there = f"{room.available / 1e9:.1f} GB" if room.available else "the chip's memory"
     # A compiler that runs out may not say what it would have needed.
     needed = f"needs {room.total / 1e9:.1f} GB" if room.total > (room.available or 0) else "needs more than there is"
-    way = "" if result.program.name == "train" else "; try --memory 8, or a lower resolution"
-    say(f"{result.program.name} does not fit: it {needed} of {there}{way}")
+    way = "a lower --resolution" if is_smallest else "--memory 8, or a lower --resolution"
+    advice = "" if result.program.name == "train" else f"; try {way}"
+    say(f"{label}{result.program.name} does not fit: it {needed} of {there}{advice}")
 
 
 def _plan_models(args: Namespace, machine: "Machine") -> bool:
     """Whether all fits that personalization runs, by model, method and setting."""
+    from datencoder_jax import memory
     from datencoder_jax.plan.report import ROW_HEADER, row
 
     if not args.json:
@@ -162,14 +178,15 @@ def _plan_models(args: Namespace, machine: "Machine") -> bool:
     rows, too_large = [], []
     for version, method, size, program, result in _results_of_models(args, machine):
         rows.append({"model": version, "method": method, "memory": size} | result.to_dict())
-        too_large += [] if result.fits else [result]
+        if not result.fits:
+            too_large.append((result, f"{version} {method}, ", size == min(memory.PRESETS)))
         if not args.json:
             setting = "chosen" if size is None else f"`--memory {size}`"
             say(row([version, method, setting, program.name], result))
     if args.json:
         say(json.dumps({"machine": machine.name, "effort": args.effort, "rows": rows}, indent=1))
-    for result in () if args.json else too_large:
-        _explain_misfit(result)
+    for result, label, is_smallest in () if args.json else too_large:
+        _explain_misfit(result, label, is_smallest=is_smallest)
     return not too_large
 
 

@@ -1,6 +1,7 @@
 """The devices that a plan is for: a TPU slice or GPUs that need not be present, or this machine's own."""
 
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ from typing import Any
 import jax
 
 from datencoder_jax.errors import UserError
+from datencoder_jax.runtime.availability import explain_no_device
 from datencoder_jax.runtime.hardware import GPUS, Chip, describe_gpu, find_chip
-from datencoder_jax.runtime.target import Target
+from datencoder_jax.runtime.target import Target, gpu_memory_fraction
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Machine:
         name: as a person calls it.
         devices: JAX's.
         chip: the peaks of each; None where they are not known.
-        memory: bytes of each; None where that is not known.
+        memory: bytes of each that JAX may use; None where that is not known.
         present: whether the devices are this machine's own.
     """
 
@@ -39,8 +41,8 @@ class Machine:
 
     @property
     def target_with_memory(self) -> Target:
-        """As `target`, with the published memory of a device that is not present."""
-        return self.target if self.present else replace(self.target, memory=self.chip and round(self.chip.hbm * 1.01))
+        """As `target`, with the memory that a device that is not present is known to have."""
+        return self.target if self.present else replace(self.target, memory=self.chip and self.chip.hbm)
 
     def compiler_options(self) -> dict[str, Any]:
         """XLA's options for compiling without running.
@@ -67,12 +69,17 @@ def find_machine(topology: str | None) -> Machine:
         UserError: there is no such slice or GPU, or the compiler for it is not installed.
     """
     if topology is None:
-        devices = jax.devices()
+        try:
+            devices = jax.devices()
+        except RuntimeError as error:
+            raise UserError(explain_no_device(error)) from error
         chip = find_chip(devices[0])
         return Machine(_describe_devices(devices), devices, chip, _memory_of_device(devices, chip))
-    devices = _gpu_devices(topology) if ":" not in topology else _tpu_devices(topology)
+    is_gpu = ":" not in topology
+    devices = _gpu_devices(topology) if is_gpu else _tpu_devices(topology)
     chip = find_chip(devices[0])
-    return Machine(f"{topology}, {_describe_devices(devices)}", devices, chip, chip and chip.hbm, present=False)
+    memory = chip and math.floor(chip.hbm * (gpu_memory_fraction() if is_gpu else 1.0))
+    return Machine(f"{topology}, {_describe_devices(devices)}", devices, chip, memory, present=False)
 
 
 def _describe_devices(devices: list) -> str:
@@ -80,7 +87,7 @@ def _describe_devices(devices: list) -> str:
 
 
 _GPU_PACKAGES = {
-    "jax-cuda12-plugin": "jax_plugins.xla_cuda12",
+    "jax-cuda12-plugin": "jax_cuda12_plugin",
     "jax-cuda12-pjrt": "jax_plugins.xla_cuda12",
     "nvidia-cudnn-cu12": "nvidia.cudnn",
     "nvidia-cuda-nvcc-cu12": "nvidia.cuda_nvcc",

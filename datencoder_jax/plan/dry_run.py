@@ -7,6 +7,7 @@ that device, whichever method it is, and a program that `personalize` gains is i
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +42,9 @@ class PlannedProgram:
         images: how many it takes or makes in one run.
         resident: bytes on a device while it runs, of its arguments and of networks that stay beside them.
         parts: bytes per device of what its arguments are, by name.
-        signature: types of all arguments, and static ones; programs of one base model that share name and signature
-            are the same.
+        signature: structure and types of all arguments, and static ones; programs of one base model that share name
+            and signature are the same.
+        calls: how often the run calls it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class PlannedProgram:
     resident: int
     parts: dict[str, int]
     signature: tuple = ()
+    calls: int = 1
 
     @property
     def key(self) -> str:
@@ -145,12 +148,14 @@ def record_run(run: Callable[[], None], pipeline: Pipeline, device: Any) -> Iter
     """
     recorded: dict[Any, PlannedProgram] = {}
     results: dict[Any, Any] = {}
+    calls: Counter[Any] = Counter()
     networks = _bytes_of_networks((pipeline.base, pipeline.encoder, pipeline.domain))
 
     def record(program: compilation.Program, args: tuple, kwargs: dict[str, Any]) -> Any:
         leaves, structure = jax.tree.flatten((args, kwargs))
         signature = tuple(_signature(leaf) for leaf in leaves)
         key = (program, structure, signature)
+        calls[key] += 1
         if key not in recorded:
             placed_args, placed_kwargs = jax.tree.map(lambda leaf: _place(leaf, device), (args, kwargs))
             traced = program.trace(*placed_args, **placed_kwargs)
@@ -158,13 +163,14 @@ def record_run(run: Callable[[], None], pipeline: Pipeline, device: Any) -> Iter
             parts = {"networks": own, "others": _bytes((args, kwargs)) - own}
             resident = parts["others"] + (own if pipeline.memory.in_parts else max(own, networks))
             images = _images_of_run(program, kwargs, pipeline.memory)
-            recorded[key] = PlannedProgram(program.name, placed_args, traced, 1, images, resident, parts, signature)
+            recorded[key] = PlannedProgram(program.name, placed_args, traced, 1, images, resident, parts, key[1:])
             results[key] = jax.tree.map(hollow_array, traced.out_info)
         return results[key]
 
     with lowering_for(Target.of(device)), compilation.dry_run(record):
         run()
-    yield from recorded.values()
+    for key, program in recorded.items():
+        yield replace(program, calls=calls[key])
 
 
 def _images_of_run(program: compilation.Program, kwargs: dict[str, Any], memory: Memory) -> int:

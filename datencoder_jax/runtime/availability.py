@@ -25,7 +25,7 @@ def explain_unused_gpu(platform: str) -> str | None:
     """
     has_gpu = _DRIVER_VERSION.exists() or any(path.exists() for path in _DEVICE_FILES)
     has_plugin = has_cuda_plugin()
-    if platform != "cpu" or os.environ.get("JAX_PLATFORMS") or not (has_gpu or has_plugin):
+    if platform != "cpu" or os.environ.get("JAX_PLATFORMS") or not (has_gpu or has_cuda_libraries()):
         return None
     accept = "or set JAX_PLATFORMS=cpu to accept the CPU"
     if not has_gpu:
@@ -70,6 +70,11 @@ def nvidia_driver() -> str | None:
     except OSError:
         return None
     return match[1] if match else None
+
+
+def has_cuda_libraries() -> bool:
+    """Whether CUDA's libraries are installed to compute with; plans for GPUs do with the compiler alone."""
+    return _has_module("nvidia.cublas")
 
 
 def has_cuda_plugin() -> bool:

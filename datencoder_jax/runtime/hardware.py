@@ -36,8 +36,8 @@ CHIPS = {
     for chip in (
         # 275 TFLOPs, 32 GiB, 1200 GBps; 6 links of 50 GB/s each way (Jouppi et al. 2023, arXiv 2304.01433, table 4).
         Chip("v4", 275e12, 32 * _GIB, 1200e9, 300e9, 6),
-        # 197 TFLOPs, 16 GB, 819 GBps, 400 GBps bidirectional (1600 Gbps in earlier versions of the page), 4 ports.
-        Chip("v5e", 197e12, 16 * _GIB, 819e9, 200e9, 4),
+        # 197 TFLOPs, 16 GB (15.75 GiB for programs), 819 GBps, 400 GBps bidirectional (once 1600 Gbps), 4 ports.
+        Chip("v5e", 197e12, int(15.75 * _GIB), 819e9, 200e9, 4),
         # 459 TFLOPs, 95 GB, 2765 GBps, 4800 Gbps each way, 3D torus.
         Chip("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, 6),
         # 918 TFLOPs, 32 GB, 1638 GBps, 800 GBps bidirectional, 4 ports.
@@ -74,9 +74,8 @@ _KINDS = {
 
 def find_chip(device: Any) -> Chip | None:
     """The chip that a JAX device is (or is a part of); None where its peaks are not known."""
-    kinds = (
-        name for kind, name in _KINDS.items() if re.search(rf"{kind}(?!\d)", device.device_kind)
-    )  # an L40 is no L4
+    # An L40 is no L4, a GH200 no H200, and a laptop's GPU is a smaller one.
+    kinds = (name for kind, name in _KINDS.items() if re.search(rf"\b{kind}(?!\d)(?! Laptop)", device.device_kind))
     return next((CHIPS[name] for name in kinds), None)
 
 

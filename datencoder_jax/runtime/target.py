@@ -98,10 +98,10 @@ def _memory_bytes(device: Any, platform: str) -> int | None:
         limit = None
     if not limit:
         return None
-    return math.floor(limit / (_gpu_memory_fraction() if platform in ("cuda", "rocm") else 1.0))
+    return math.floor(limit / (gpu_memory_fraction() if platform in ("cuda", "rocm") else 1.0))
 
 
-def _gpu_memory_fraction() -> float:
+def gpu_memory_fraction() -> float:
     """The share of a GPU's memory that JAX allocates: three quarters, unless the environment says otherwise."""
     settings = (os.environ.get(f"XLA_{name}_MEM_FRACTION") for name in ("CLIENT", "PYTHON_CLIENT"))
     return float(next(filter(None, settings), 0.75))

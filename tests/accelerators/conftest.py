@@ -69,8 +69,10 @@ def compiled(record_property):
         if program.signature and key in _results:
             return _results[key].for_program(program)
         result = measure(program, machine)
-        _results[key] = result
         assert result.refused is None, result.refused
+        if _results and next(iter(_results))[:2] != key[:2]:  # compiled texts take gigabytes
+            _results.clear()
+        _results[key] = result
         forward, backward = inspection.fused_attention(result.text)
         cells = (
             f"{result.room.total / 1e9:.2f}",
@@ -84,4 +86,5 @@ def compiled(record_property):
         record_property("compiled", (machine.name.split(",")[0], f"{label}: {program.name}", *cells))
         return result
 
-    return compile_program
+    yield compile_program
+    jax.clear_caches()
