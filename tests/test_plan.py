@@ -18,10 +18,12 @@ from tiny import write_tiny_base
 from datencoder_jax import cli
 from datencoder_jax.commands import plan as command
 from datencoder_jax.errors import UserError
+from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.plan import advice, costs, devices, hlo, measure, shapes
 from datencoder_jax.plan.dry_run import PlannedProgram
 from datencoder_jax.plan.environment import prepare_environment
-from datencoder_jax.plan.work import count_work
+from datencoder_jax.plan.work import count_attention, count_work
+from datencoder_jax.runtime.target import Target, lowering_for
 from datencoder_jax.runtime.hardware import CHIPS, GPUS, describe_gpu, find_chip
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.recipes import load_recipe
@@ -86,6 +88,21 @@ def test_work_is_counted_before_any_compiler():
     # Forward, again in the backward pass, and the gradients of both factors; of x alone, one less.
     assert count_work(jax.jit(jax.grad(loss, (0, 1))).trace(x, w).jaxpr).products == 4 * LAYERS * product
     assert count_work(jax.jit(jax.grad(loss)).trace(x, w).jaxpr).products == 3 * LAYERS * product
+
+
+@pytest.mark.parametrize("remat, forward", [(False, 1), (True, 2)])
+def test_flash_attention_and_its_gradient(remat, forward):
+    batch, length, heads, head_dim = 1, 1024, 2, 128
+
+    def loss(x):
+        return attend(x, x, x).astype(jnp.float32).sum()
+
+    x = jax.ShapeDtypeStruct((batch, length, heads, head_dim), jnp.bfloat16)
+    with lowering_for(Target("tpu")):
+        traced = jax.jit(jax.grad(jax.checkpoint(loss) if remat else loss)).trace(x)
+    assert count_attention(traced.jaxpr) == (forward, 1)
+    product = 2 * batch * heads * length**2 * head_dim
+    assert count_work(traced.jaxpr).attention == (2 * forward + 4 + 3) * product
 
 
 def test_the_least_traffic_is_operands_and_results_of_products():

@@ -42,8 +42,8 @@ class PlannedProgram:
         images: how many it takes or makes in one run.
         resident: bytes on a device while it runs, of its arguments and of networks that stay beside them.
         parts: bytes per device of what its arguments are, by name.
-        signature: structure and types of all arguments, and static ones; programs of one base model that share name
-            and signature are the same.
+        signature: types of all arguments, and static ones; programs of one base model that share name and signature
+            are the same.
         calls: how often the run calls it.
     """
 
@@ -163,7 +163,7 @@ def record_run(run: Callable[[], None], pipeline: Pipeline, device: Any) -> Iter
             parts = {"networks": own, "others": _bytes((args, kwargs)) - own}
             resident = parts["others"] + (own if pipeline.memory.in_parts else max(own, networks))
             images = _images_of_run(program, kwargs, pipeline.memory)
-            recorded[key] = PlannedProgram(program.name, placed_args, traced, 1, images, resident, parts, key[1:])
+            recorded[key] = PlannedProgram(program.name, placed_args, traced, 1, images, resident, parts, signature)
             results[key] = jax.tree.map(hollow_array, traced.out_info)
         return results[key]
 

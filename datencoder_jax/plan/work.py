@@ -184,4 +184,6 @@ def count_attention(jaxpr: Any) -> tuple[int, int]:
 
 
 def _kernel_name(equation: Any) -> str:
-    return str(equation.params.get("name_and_src_info", equation.params.get("name", "")))
+    """What names a Pallas kernel: a parameter, or the scope that it is called in."""
+    names = (equation.params.get("name_and_src_info"), equation.params.get("name"), equation.source_info.name_stack)
+    return " ".join(str(name) for name in names if name is not None)
