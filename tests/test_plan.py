@@ -23,8 +23,8 @@ from datencoder_jax.plan import advice, costs, devices, hlo, measure, shapes
 from datencoder_jax.plan.dry_run import PlannedProgram
 from datencoder_jax.plan.environment import prepare_environment
 from datencoder_jax.plan.work import count_attention, count_work
-from datencoder_jax.runtime.target import Target, lowering_for
 from datencoder_jax.runtime.hardware import CHIPS, GPUS, describe_gpu, find_chip
+from datencoder_jax.runtime.target import Target, lowering_for
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.recipes import load_recipe
 
