@@ -40,7 +40,7 @@ from datencoder_jax.training.recipes import load_recipe  # noqa: E402
 DOCS = Path(__file__).parents[1] / "docs"
 STEPS, SAMPLING_STEPS = 12, 25
 ATTENTION = {
-    # batch, queries, keys, heads, head dimension, causal
+    # batch, queries, keys, heads, head dimension
     "1.5, self-attention, 512 px": (8, 4096, 4096, 8, 40),
     "1.5, cross-attention": (8, 4096, 77, 8, 40),
     "XL and 2.1, self-attention": (8, 4096, 4096, 10, 64),
@@ -131,7 +131,7 @@ def measure_programs(version: str, topology: str, size: int) -> list[dict]:
     resolution = 512 if version == "1.5" else None
     for program in record_programs(pipeline, machine.devices[0], steps=STEPS, resolution=resolution):
         result = measure(program, machine)
-        rows.append({"device": topology, "model": version, "setting": size, **describe(result)})
+        rows.append({"device": topology, "model": version, "setting": size, **result_to_row(result)})
         print(rows[-1], flush=True)
     return rows
 
@@ -143,14 +143,20 @@ def measure_training(config: str, topology: str) -> list[dict]:
     recipe = load_recipe(Path(config), "full", changes)
     base = shapes.stable_diffusion(recipe.architecture, recipe.dtype, machine.target, vision=True)
     result = measure(trace_training_step(recipe, base, machine.devices), machine)
-    row = {"device": topology, "recipe": Path(config).stem, **describe(result)}
+    row = {"device": topology, "recipe": Path(config).stem, **result_to_row(result)}
     row["images_per_second_per_device"] = result.images_per_second and result.images_per_second / len(machine.devices)
     print(row, flush=True)
     return [row]
 
 
-def describe(result) -> dict:
-    """A result's numbers, for JSON."""
+def result_to_row(result) -> dict:
+    """The numbers of a program that compiled, for JSON.
+
+    Raises:
+        SystemExit: it did not compile.
+    """
+    if result.refused is not None:
+        raise SystemExit(f"{result.program.name} does not compile: {result.refused}")
     forward, backward = inspection.fused_attention(result.text)
     return {
         "program": result.program.name,
@@ -181,7 +187,7 @@ def read_compiled(tables: list[Path]) -> list[dict]:
     return rows
 
 
-def keep(part: str, rows: list[dict], *key: str) -> None:
+def save_rows(part: str, rows: list[dict], *key: str) -> None:
     """Replaces the rows of `part` that have the same values under `key`, and writes the page."""
     path = DOCS / "performance.json"
     content = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -207,19 +213,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.part == "work":
         for version in args.models:
-            keep("work", measure_work(version), "model")
+            save_rows("work", measure_work(version), "model")
     if args.part == "compiled":
-        keep("compiled", read_compiled(args.tables), "device", "program")
+        save_rows("compiled", read_compiled(args.tables), "device", "program")
     for topology in args.topologies if args.part not in ("work", "compiled") else ():
         if args.part == "attention":
-            keep("attention", measure_attention(topology), "device")
+            save_rows("attention", measure_attention(topology), "device")
         if args.part == "programs":
             for version in args.models:
                 for size in args.memory:
-                    keep("programs", measure_programs(version, topology, size), "device", "model", "setting")
+                    save_rows("programs", measure_programs(version, topology, size), "device", "model", "setting")
         if args.part == "training":
             for config in args.configs:
-                keep("training", measure_training(config, topology), "device", "recipe")
+                save_rows("training", measure_training(config, topology), "device", "recipe")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from datencoder_jax.training.encoder_stage import abstract_task, frozen_of
 
 LARGEST_BATCH = 16
 SMALL_BATCH = 2
-"""Of the embedded model."""
+"""Images of a batch: the largest that is tried, and that of the embedded model."""
 
 
 def make_config(is_small: bool) -> ConfigDict:

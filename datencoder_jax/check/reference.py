@@ -22,7 +22,7 @@ from datencoder_jax.toyworld.world import Context, Instance
 
 PATH = Path(__file__).with_name("reference.json")
 INSTANCE = 1_100_005
-"""Of the toy world; the embedded model has not seen it in training."""
+"""Number of an individual of the toy world that the embedded model has not seen in training."""
 STEPS = 12
 SEED = 0
 

@@ -9,7 +9,7 @@ from datencoder_jax.check.part import Comparison, Part
 from datencoder_jax.check.speed import STAGES
 
 SCHEMA = 1
-"""Of the JSON; it grows when a name changes its meaning."""
+"""Version of the JSON's layout; it grows when a name changes its meaning."""
 
 ROW_HEADER = (
     "| device | jax | attention, largest deviation | concept, 1 - cosine | prediction, s cold / warm | drawing "

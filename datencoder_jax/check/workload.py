@@ -23,7 +23,7 @@ from datencoder_jax.runtime.target import Target, current_target
 
 _SCALE = 0.02
 _OUTPUT_SCALE = 0.001
-"""Of the tuning-encoder's last layers, whose outputs are weights of low rank."""
+"""Scale of the weights of the tuning-encoder's last layers, whose outputs are low-rank factors."""
 _BLOCK = 2**24 - 3
 """Draws that are repeated; no multiple of a weight's size."""
 

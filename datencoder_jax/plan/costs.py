@@ -41,7 +41,7 @@ class Traffic:
 
 @dataclass
 class Costs:
-    """Of one run of a program, per chip.
+    """What one run of a program costs one chip.
 
     Attributes:
         flops, bytes: operations, and bytes read and written; equation (1).
@@ -64,7 +64,7 @@ class Costs:
 
 
 def costs(compiled: Any, devices: int) -> Costs:
-    """Of a compiled program for so many devices."""
+    """Costs of a compiled program for so many devices."""
     counted = compiled.cost_analysis() or {}
     return count(compiled.as_text(), devices, counted.get("flops"), counted.get("bytes accessed"))
 
@@ -110,7 +110,7 @@ class _Share:
 
 
 def _kind(step: Executed) -> str | None:
-    """Of the collective that an instruction is; the later half of one that is split in two is none."""
+    """Collective kind of an instruction; None for the second half of an asynchronous pair, and for all others."""
     kind = step.instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None

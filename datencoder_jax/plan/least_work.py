@@ -27,11 +27,11 @@ class LeastWork:
     prompt: float = 0.0
 
     def forward(self, samples: int, *, paths: int = 1) -> float:
-        """Of `samples` in a batch; with two paths one more attention each, and one more prompt for all."""
+        """Operations of a forward pass of `samples`; a second path adds an attention for each and a prompt for all."""
         return samples * (self.products + paths * self.attention) + paths * self.prompt
 
     def input_gradient(self, samples: int, *, paths: int = 1) -> float:
-        """Of the gradient by latents and adapters, the forward pass left out."""
+        """Operations of the gradient by latents and adapters, without the forward pass."""
         return samples * (self.products + 2.5 * paths * self.attention)
 
 

@@ -76,7 +76,7 @@ _VIT_H = CLIPVisionConfig(
 _SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 
 VERSIONS = tuple(_UNETS)
-"""Of Stable Diffusion."""
+"""Versions of Stable Diffusion that can be planned."""
 
 ENCODER = {"rank": 4, "width": 768, "depth": 4, "heads": 12}
 """Sizes of the tuning-encoders that the recipes for Stable Diffusion pretrain."""

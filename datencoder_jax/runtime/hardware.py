@@ -112,7 +112,7 @@ GPUS = {
     "RTX4090": GPU("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100 * _KIB, 72 * _MIB, 2.52),
     "T4": GPU("Tesla T4", (7, 5), 40, 64, 1024, 64 * _KIB, 4 * _MIB, 1.59),
 }
-"""By the names of `CHIPS`."""
+"""Descriptions of NVIDIA GPUs, by the names that `CHIPS` has."""
 
 
 def describe_gpu(name: str) -> str:

@@ -82,7 +82,7 @@ def _target_of(device: Any) -> Target:
 
 
 def _compute_capability(device: Any) -> tuple[int, int] | None:
-    """That of an NVIDIA GPU; None for AMD's, which say "gfx90a" there, and for other devices."""
+    """Compute capability of an NVIDIA GPU; None for AMD's, which say "gfx90a" there, and for other devices."""
     try:
         major, _, minor = str(device.compute_capability).partition(".")
         return int(major), int(minor or 0)

@@ -18,7 +18,7 @@ BUDGETS = {("1.5", "8xH100"): 20.0, ("1.5", "v5e:4x4"): 15.8}
 """GB of a device at 8 images, by model and devices."""
 
 SLOW = ("sd15_paper", "sd21_laion", "sdxl_laion")
-"""Of which the first differs from sd15_laion in its data and in how large its batches are."""
+"""Recipes that are compiled at night; sd15_paper differs from sd15_laion in its data and batches alone."""
 PHOTOGRAPHS = [
     pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ("sd15_laion", "e4t_faces", *SLOW)
 ]
