@@ -130,6 +130,7 @@ def _compiled(rows: list[dict]) -> str:
     text = """## What `make test-accelerators` compiles
 
 Every method on the embedded model, Stable Diffusion 1.5 with all there is of the device's memory and with
-`--memory 8`, the training step of every recipe, the scores of the evaluation. A program that several methods share has one row.
+`--memory 8`, the training step of every recipe, the scores of the evaluation. A program that several methods share has
+one row.
 """
     return f"{text}\n{_table(list(rows[0]), [list(row.values()) for row in rows])}"
