@@ -36,6 +36,7 @@ def test_personalize_passes_options_on_and_writes_everything(tmp_path, capsys, p
     assert calls["load"] == ("some/model", {"encoder": "enc"})
     images, given = calls["personalize"]
     assert len(images) == 2 and given == {"method": "datencoder", "steps": 3, "token": "<it>", "blend": 0.4, "seed": 7}
+    assert calls["ahead"]["quiet"] == [True, True]
     assert calls["ahead"]["personalize"][1] == given  # so that what compiles ahead is what is run
     texts, given = calls["generate"]
     assert calls["ahead"]["generate"][1].keys() == given.keys()
