@@ -12,7 +12,7 @@ from flax import nnx
 from PIL import Image
 from tiny import SIDE, pictures
 
-from datencoder_jax import api, sampling, tuning
+from datencoder_jax import api, compile_ahead, sampling, tuning
 from datencoder_jax.bookkeeping import PERSONALIZE
 from datencoder_jax.checkpoints.concept_file import load_concept, save_concept
 from datencoder_jax.cli import build_parser, main
@@ -464,6 +464,7 @@ def test_the_commands_take_gates_and_options(monkeypatch, tmp_path, capsys):
     Image.fromarray(pictures(1)[0]).save(picture)
     monkeypatch.setattr(api, "personalize", spy)
     monkeypatch.setattr(commands, "load", lambda args, model: None)
+    monkeypatch.setattr(compile_ahead, "without_weights", lambda pipeline: pipeline)
     argv = ["personalize", picture, "--method", "perfusion", "--prompt", "a S*", "--out", tmp_path / "o", "--option"]
     fails_last(capsys, "enough", *argv, "lock=off", "beta=0.6")
     assert given["options"] == {"lock": "off", "beta": "0.6"}
