@@ -91,6 +91,7 @@ def forget_compiled() -> None:
     """Has every `Program` compile anew when it is called next."""
     for program in _programs:
         program._compiled.clear()
+    jax.clear_caches()  # which hold what was compiled too
 
 
 _under_way: "weakref.WeakSet[Future]" = weakref.WeakSet()

@@ -116,3 +116,19 @@ cli.run_and_exit()
 
 def test_the_command_does_not_wait_for_what_nobody_needs():
     assert subprocess.run([sys.executable, "-c", COMMAND], timeout=120).returncode == 2
+
+
+def test_a_forgotten_program_is_traced_and_compiled_anew():
+    traced = []
+
+    def add(x):
+        traced.append(1)
+        return x + 1.0
+
+    program = compilation.Program("adding", add)
+    for _ in range(2):
+        program(jnp.zeros(3), quiet=True)
+    assert len(traced) == 1
+    compilation.forget_compiled()
+    program(jnp.zeros(3), quiet=True)
+    assert len(traced) == 2 and program.compilations == 2
