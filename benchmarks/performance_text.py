@@ -89,8 +89,8 @@ convolutions and fused attentions once, as if all else were fused into these.
 
 
 _COMPILING = """Compiling all of a first run, one program after the other, took as follows on two cores. `datencoder
-personalize` compiles them side by side: for 1.5 on an H100 that took 108 s with the tracing, on a day on which one
-after the other took 184 s and 19 s of tracing.
+personalize` compiles them side by side. The same programs of 1.5, compiled so in two threads for an H100 that was not
+there, took 108 s once, with the tracing; one after the other they took 184 s and 19 s of tracing before.
 """
 _DESCRIPTION = ["program", "memory, GB", "arguments", "work", "fused attention", "TFLOP", "moved, GB", "least"]
 _DESCRIPTION += ["kernels", "ms at least", "bound by", "compile, s"]
