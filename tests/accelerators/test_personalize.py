@@ -35,7 +35,7 @@ BUDGETS = {
 }
 """GB of a device that a program may take, with all that lies beside it, by model, `--memory` and device.
 
-The subject mask takes 3.04 with `--memory 8` on an H100, 1.3 of it work: more than with a batch of 8, whose work is 0.4.
+The subject mask takes 3.04 with `--memory 8` on an H100, 1.3 of it work; with a batch of 8 work is 0.4.
 """
 
 
