@@ -358,7 +358,7 @@ def focus_views(
         word, empty: the template read with the concept's nearest word, and the empty prompt.
         floor: `f`.
     """
-    found = differences(base, latents[:pictures], word, empty, noise_key, batch_size=config.draws)
+    found = differences(base, latents[:pictures], word, empty, noise_key)
     return weights(_views_of_maps(found, base.vae.config.factor, view_key, config), floor)
 
 

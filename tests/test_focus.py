@@ -36,9 +36,7 @@ def test_weights_are_as_written():
 def test_differences_are_as_written(pipeline):
     base, (word, empty) = pipeline.base, prompts(pipeline, "a photo of a robot", "")
     latents = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
-    found = jax.jit(lambda base, *args: focus.differences(base, *args, batch_size=3))(
-        base, latents, word, empty, jax.random.key(1)
-    )
+    found = jax.jit(focus.differences)(base, latents, word, empty, jax.random.key(1))
     noises = np.asarray(jax.random.normal(jax.random.key(1), (4, 8, 8, 4)), np.float64)
     alphas, unet = alphas_cumprod(base.schedule), jax.jit(lambda base, *args: base.denoise(*args))
     expected = np.zeros((2, 8, 8))
@@ -61,9 +59,7 @@ def test_the_embedded_model_finds_its_things():
     word, empty = prompts(world, f"a photo of a {first.cls}", "")
     pixels = jnp.asarray(picture).astype(jnp.float32) / 127.5 - 1
     latents = jax.jit(lambda base, x: base.vae.bind().to_latents(x))(world.base, pixels)
-    found = jax.jit(lambda base, *args: focus.differences(base, *args, batch_size=4))(
-        world.base, latents, word, empty, jax.random.key(0)
-    )[0]
+    found = jax.jit(focus.differences)(world.base, latents, word, empty, jax.random.key(0))[0]
     weights = np.asarray(focus.weights(found[None], 0.1))[0]
     border = np.ones(weights.shape, bool)
     border[1:-1, 1:-1] = False

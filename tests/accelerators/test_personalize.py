@@ -30,13 +30,10 @@ FLOAT32_PLACES = (
 BUDGETS = {
     ("1.5", "chosen", "H100"): {"prediction": 4.6, "subject mask": 5.0, "tuning": 12.0, "sampling": 6.9},
     ("1.5", "chosen", "v5e:1x1"): {"prediction": 4.6, "subject mask": 5.0, "tuning": 6.0, "sampling": 4.0},
-    ("1.5", 8, "H100"): {"prediction": 3.2, "subject mask": 3.2, "tuning": 3.8, "sampling": 2.9},
+    ("1.5", 8, "H100"): {"prediction": 3.2, "subject mask": 2.6, "tuning": 3.8, "sampling": 2.9},
     ("1.5", 8, "v5e:1x1"): {"prediction": 3.2, "subject mask": 2.6, "tuning": 3.8, "sampling": 2.9},
 }
-"""GB of a device that a program may take, with all that lies beside it, by model, `--memory` and device.
-
-The subject mask takes 3.04 with `--memory 8` on an H100, 1.3 of it work; with a batch of 8 work is 0.4.
-"""
+"""GB of a device that a program may take, with all that lies beside it, by model, `--memory` and device."""
 
 
 @functools.cache
