@@ -3,6 +3,7 @@
     python benchmarks/performance_page.py work --models 1.5 2.1 XL
     python benchmarks/performance_page.py attention --topologies H100 v5e:1x1
     python benchmarks/performance_page.py programs --models 1.5 --topologies H100 v5e:1x1
+    python benchmarks/performance_page.py compiling --models 1.5 XL
     python benchmarks/performance_page.py training --configs configs/sd15_laion.py --topologies 8xH100 v5e:4x4
     ACCELERATORS_TABLE=out/compiled.md make test-accelerators
     python benchmarks/performance_page.py compiled --tables out/compiled.md
@@ -14,7 +15,9 @@ import argparse
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 from datencoder_jax.plan.environment import prepare_environment
 
@@ -24,7 +27,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
+from performance_text import read_compiled, render_page  # noqa: E402
 
+from datencoder_jax.compilation import Program  # noqa: E402
+from datencoder_jax.compile_ahead import without_garbage_collection  # noqa: E402
 from datencoder_jax.memory import PRESETS, Memory, for_xl  # noqa: E402
 from datencoder_jax.models.dot_product_attention import attend  # noqa: E402
 from datencoder_jax.plan import inspection, shapes  # noqa: E402
@@ -123,6 +129,31 @@ def measure_attention(topology: str) -> list[dict]:
     return rows
 
 
+def measure_compiling(version: str, topology: str) -> list[dict]:
+    """Seconds until all is compiled that a first `personalize` runs, side by side as `compile_ahead` does it."""
+    machine, trace, futures = find_machine(topology), Program.trace, []
+    memory = for_xl(Memory()) if version == "XL" else Memory()
+    pipeline = shapes.pipeline_of_version(version, "datencoder", memory, machine.target)
+    threads, started = os.cpu_count() or 1, time.perf_counter()
+    executor = ThreadPoolExecutor(threads)
+
+    def trace_and_compile(program, *args, **kwargs):
+        traced = trace(program, *args, **kwargs)
+        futures.append(executor.submit(traced.lower().compile, machine.compiler_options()))
+        return traced
+
+    with mock.patch.object(Program, "trace", trace_and_compile), without_garbage_collection():
+        resolution = 512 if version == "1.5" else None
+        programs = list(record_programs(pipeline, machine.devices[0], steps=STEPS, resolution=resolution))
+        traced_seconds = time.perf_counter() - started
+    for future in futures:
+        future.result()
+    row = {"device": topology, "model": version, "threads": threads, "programs": len(programs)}
+    row |= {"traced_seconds": traced_seconds, "seconds": time.perf_counter() - started}
+    print(row, flush=True)
+    return [row]
+
+
 def measure_programs(version: str, topology: str, size: int) -> list[dict]:
     """Every program of personalizing with the tuning-encoder and drawing."""
     machine, rows = find_machine(topology), []
@@ -177,16 +208,6 @@ def result_to_row(result) -> dict:
     }
 
 
-def read_compiled(tables: list[Path]) -> list[dict]:
-    """The rows of the tables that `make test-accelerators` writes."""
-    rows = []
-    for table in tables:
-        lines = [line.strip("|").split("|") for line in table.read_text("utf-8").splitlines()]
-        header, _, *cells = ([cell.strip() for cell in line] for line in lines)
-        rows += [dict(zip(header, row, strict=True)) for row in cells]
-    return rows
-
-
 def save_rows(part: str, rows: list[dict], *key: str) -> None:
     """Replaces the rows of `part` that have the same values under `key`, and writes the page."""
     path = DOCS / "performance.json"
@@ -196,15 +217,13 @@ def save_rows(part: str, rows: list[dict], *key: str) -> None:
     content[part] = kept + rows
     content.setdefault("made", {})[part] = f"jax {jax.__version__}, {time.strftime('%Y-%m-%d')}"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    from performance_text import render_page
-
     (DOCS / "performance.md").write_text(render_page(content), encoding="utf-8")
 
 
 def main() -> None:
     """Measures what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("work", "attention", "programs", "training", "compiled"))
+    parser.add_argument("part", choices=("work", "attention", "programs", "compiling", "training", "compiled"))
     parser.add_argument("--models", nargs="+", default=["1.5"], choices=("1.5", "2.1", "XL"))
     parser.add_argument("--topologies", nargs="+", default=["H100"], metavar="NAME")
     parser.add_argument("--configs", nargs="+", default=["configs/sd15_laion.py"], metavar="RECIPE")
@@ -223,6 +242,9 @@ def main() -> None:
             for version in args.models:
                 for size in args.memory:
                     save_rows("programs", measure_programs(version, topology, size), "device", "model", "setting")
+        if args.part == "compiling":
+            for version in args.models:
+                save_rows("compiling", measure_compiling(version, topology), "device", "model")
         if args.part == "training":
             for config in args.configs:
                 save_rows("training", measure_training(config, topology), "device", "recipe")

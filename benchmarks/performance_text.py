@@ -1,5 +1,7 @@
 """The text of docs/performance.md, from the measurements of `performance_page.py`."""
 
+from pathlib import Path
+
 INTRODUCTION = """# Performance, by the compilers' count
 
 Made by `benchmarks/performance_page.py`; do not edit. Nothing on this page ran on an accelerator: XLA compiled the
@@ -9,12 +11,23 @@ no program reaches. [`datencoder check`](check.md) measures the same on a real d
 """
 
 
+def read_compiled(tables: list[Path]) -> list[dict]:
+    """The rows of the tables that `make test-accelerators` writes."""
+    rows = []
+    for table in tables:
+        lines = [line.strip("|").split("|") for line in table.read_text("utf-8").splitlines()]
+        header, _, *cells = ([cell.strip() for cell in line] for line in lines)
+        rows += [dict(zip(header, row, strict=True)) for row in cells]
+    return rows
+
+
 def render_page(content: dict) -> str:
     """The page, with a section for every part that was measured."""
     parts = (
         ("work", _work),
         ("attention", _attention),
         ("programs", _programs),
+        ("compiling", _compiling),
         ("training", _training),
         ("compiled", _compiled),
     )
@@ -69,14 +82,6 @@ def _programs(rows: list[dict]) -> str:
         [row["device"], row["model"], f"`--memory {row['setting']}`" if row["setting"] else "chosen", *_described(row)]
         for row in rows
     ]
-    compiling = {}
-    for row in rows:
-        key = (row["device"], row["model"], row["setting"])
-        compiling[key] = compiling.get(key, 0.0) + row["compile_seconds"]
-    totals = "\n".join(
-        f"- {model} for {device}{f', `--memory {size}`' if size else ''}: {seconds:.0f} s"
-        for (device, model, size), seconds in compiling.items()
-    )
     text = """## Personalizing and drawing
 
 The programs of `personalize` with the tuning-encoder (12 steps) and of drawing a full batch, weights in bfloat16; 1.5
@@ -85,13 +90,24 @@ networks that lie beside it. The least that has to be moved is every operand and
 convolutions and fused attentions once, as if all else were fused into these.
 """
     table = _table(["device", "model", "setting", *_DESCRIPTION], cells)
-    return f"{text}\n{table}\n{_COMPILING}\n\n{totals}\n"
+    return f"{text}\n{table}"
 
 
-_COMPILING = """Compiling all of a first run, one program after the other, took as follows on two cores. `datencoder
-personalize` compiles them side by side. The same programs of 1.5, compiled so in two threads for an H100 that was not
-there, took 108 s once, with the tracing; one after the other they took 184 s and 19 s of tracing before.
+def _compiling(rows: list[dict]) -> str:
+    text = """## Compiling a first run
+
+Seconds from the start until every program is compiled that a first `personalize` with the tuning-encoder runs, with all
+of XLA's optimization: tracing in one thread, compiling in others, as `datencoder personalize` does. The table
+above has the seconds of each program by itself. Kernels are not tuned by timing, which needs the device.
 """
+    cells = [
+        [row["device"], row["model"], *(str(row[name]) for name in ("programs", "threads"))]
+        + [f"{row[name]:.0f}" for name in ("traced_seconds", "seconds")]
+        for row in rows
+    ]
+    return f"{text}\n{_table(['device', 'model', 'programs', 'threads', 'tracing, s', 'all, s'], cells)}"
+
+
 _DESCRIPTION = ["program", "memory, GB", "arguments", "work", "fused attention", "TFLOP", "moved, GB", "least"]
 _DESCRIPTION += ["kernels", "ms at least", "bound by", "compile, s"]
 

@@ -62,7 +62,7 @@ def compiling_ahead(pipeline: Pipeline, run: Callable[[Pipeline], Any]) -> Itera
     )
     try:
         try:
-            with dry_run(start), _without_garbage_collection():
+            with dry_run(start), without_garbage_collection():
                 run(without_weights(pipeline))
         finally:  # whatever is said of a failure gets a line of its own
             seconds = time.perf_counter() - started
@@ -73,7 +73,7 @@ def compiling_ahead(pipeline: Pipeline, run: Callable[[Pipeline], Any]) -> Itera
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Turns off Python's garbage collector: tracing makes millions of objects that stay, and looking through them for
     garbage takes a third of its time."""
     was_enabled = gc.isenabled()
