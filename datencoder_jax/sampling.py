@@ -27,7 +27,7 @@ from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.guidance import guided
 from datencoder_jax.diffusion.samplers import Plan, sample
-from datencoder_jax.models.vae import pictures_at_once
+from datencoder_jax.models.vae import map_in_batches, pictures_at_once
 from datencoder_jax.typing import Condition, Variables
 
 
@@ -140,12 +140,12 @@ def decode_checked(base: Base, latents: jax.Array) -> Drawn:
     vae = base.vae.bind()
     height, width = (side * base.vae.config.factor for side in latents.shape[1:3])
 
-    def picture(z):
-        pixels = vae.to_images(z[None])[0]
-        finite = jnp.isfinite(z).all() & jnp.isfinite(pixels).all()
+    def pictures(z):
+        pixels = vae.to_images(z)
+        finite = jnp.isfinite(z).all(axis=(1, 2, 3)) & jnp.isfinite(pixels).all(axis=(1, 2, 3))
         return Drawn(jnp.round((pixels + 1.0) * 127.5).astype(jnp.uint8), finite)
 
-    return jax.lax.map(picture, latents, batch_size=min(pictures_at_once(height, width), len(latents)))
+    return map_in_batches(pictures, latents, pictures_at_once(height, width))
 
 
 def _denoising(variables: Variables | None) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratif
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods.focus import differences, weights
 from datencoder_jax.models.attention import Maps
-from datencoder_jax.models.vae import pictures_at_once
+from datencoder_jax.models.vae import map_in_batches, pictures_at_once
 from datencoder_jax.objectives.calibration import calibration_loss
 from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
@@ -289,8 +289,7 @@ def encode_views(base: Base, images: jax.Array, key: jax.Array, config: TuningCo
     """Scaled latents of the views of pictures `[k, H, W, 3]`: `[views, h, w, c]` float32."""
     vae = base.vae.bind()
     views = views_of(images, key, config)
-    at_once = min(pictures_at_once(*views.shape[1:3]), len(views))
-    return jax.lax.map(lambda image: vae.to_latents(image[None])[0], views, batch_size=at_once)
+    return map_in_batches(vae.to_latents, views, pictures_at_once(*views.shape[1:3]))
 
 
 def _tune(state: TuneState, problem: Problem, *, steps: int, config: TuningConfig) -> tuple[TuneState, jax.Array]:

@@ -336,7 +336,10 @@ def test_the_compiler_for_plans_alone_is_no_reason_to_expect_a_gpu(gpu, monkeypa
     assert availability.explain_unused_gpu("cpu") is None
 
 
-@pytest.mark.parametrize("command", [["info"], ["check"], ["personalize", str(ROOT / "examples" / "robot.png")]])
+ROBOT = str(ROOT / "examples" / "robot.png")
+
+
+@pytest.mark.parametrize("command", [["info"], ["plan", "--models", "1.5"], ["check"], ["personalize", ROBOT]])
 def test_missing_cuda_package_is_a_sentence(gpu, monkeypatch, capsys, tmp_path, command):
     gpu("550.54.15", False)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
@@ -345,7 +348,7 @@ def test_missing_cuda_package_is_a_sentence(gpu, monkeypatch, capsys, tmp_path, 
         raise AssertionError
 
     monkeypatch.setattr(jax, "devices", no_devices)
-    out = [] if command == ["info"] else ["--out", tmp_path]
+    out = [] if command[0] in ("info", "plan") else ["--out", tmp_path]
     assert "datencoder_jax[cuda]" in fails(capsys, "JAX_PLATFORMS is cuda", *command, *out)
 
 

@@ -1,23 +1,20 @@
 """Dry runs: a plan's programs are those of a real run, to the letter, for every method and on absent GPUs."""
 
-import copy
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import UNET, pictures, random_model, tiny_pipeline, write_tiny_base
+from absent_gpu import Hopper, allow_cudnn, in_half_precision, with_fused_attention
+from tiny import pictures, random_model, tiny_pipeline, write_tiny_base
 
 from datencoder_jax import api, compilation, compile_ahead
 from datencoder_jax.encoder.domain_encoder import DomainEncoder
-from datencoder_jax.encoder.tuning_encoder import TuningEncoder
 from datencoder_jax.memory import PRESETS, Memory
 from datencoder_jax.methods import METHODS
-from datencoder_jax.models.clip_text import CLIPTextModel
-from datencoder_jax.models.unet import UNet2DConditionModel
 from datencoder_jax.plan import dry_run
 from datencoder_jax.runtime.target import Target
-from datencoder_jax.training.encoder_stage import domain_config, encoder_config
+from datencoder_jax.training.encoder_stage import domain_config
 
 STEPS = 2
 
@@ -100,26 +97,14 @@ def test_nothing_is_compiled_in_a_dry_run(plain, monkeypatch):
 # --- GPUs that are not there: tracing asks cuDNN for its version, and refuses what its kernels or their rules cannot do
 
 
-class Hopper:
-    """As much of a GPU as tracing needs."""
-
-    platform, compute_capability, device_kind = "gpu", "9.0", "NVIDIA H100 80GB HBM3"
-
-    def memory_stats(self):
-        return None
-
-
 @pytest.fixture
 def trace_for_hopper(monkeypatch):
     """Traces all programs of a method for an H100, in bfloat16."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    allow_cudnn(monkeypatch)
     monkeypatch.setattr(dry_run, "_place", lambda leaf, device: _shape(leaf))
 
     def trace(pipeline, method, **options):
-        half = {n: getattr(pipeline.base, n).cast("bfloat16", "bfloat16") for n in ("unet", "vae", "text", "vision")}
-        pipeline = replace(pipeline, base=replace(pipeline.base, **half))
+        pipeline = replace(pipeline, base=in_half_precision(pipeline.base))
         programs = dry_run.record_programs(
             compile_ahead.without_weights(pipeline), Hopper(), method=method, word="robot", **options
         )
@@ -134,18 +119,7 @@ def _shape(leaf):
 
 @pytest.fixture(scope="module")
 def wide(plain):
-    """The tiny model with 8 channels a head, which cuDNN takes, and an odd number of tokens, as CLIP's 77."""
-    sizes = {"rank": 2, "width": 8, "depth": 1, "heads": 2}
-    unet = random_model(UNet2DConditionModel, replace(UNET, block_out_channels=(16,)), 0)
-    text = random_model(CLIPTextModel, replace(plain.base.text.config, max_position_embeddings=31), 2)
-    tokenizer = copy.copy(plain.tokenizer)
-    tokenizer.length = 31
-    pipeline = replace(plain, base=replace(plain.base, unet=unet, text=text), tokenizer=tokenizer)
-    return replace(
-        pipeline,
-        encoder=random_model(TuningEncoder, encoder_config(pipeline, **sizes), 9),
-        domain=random_model(DomainEncoder, domain_config(pipeline, "robot", **sizes), 5),
-    )
+    return with_fused_attention(plain)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from datencoder_jax.models.layers import conv1x1, conv3x3, same_conv
+from datencoder_jax.models.unet import ResnetBlock2D
 
 
 def plain(x, kernel):
@@ -37,3 +38,12 @@ def test_a_loop_on_a_cpu_reads_kernels_as_they_lie(make):
         return jax.lax.scan(lambda x, _: (x - jax.grad(lambda x: (layer(x) ** 2).sum())(x), None), x, length=3)[0]
 
     assert "01oi" not in descend.lower(jnp.ones((1, 6, 6, 4))).compile().as_text()
+
+
+def test_a_gradient_computes_every_norm_twice():
+    """Once on the way forward and once again on the way back, where it was not kept."""
+    options = {"groups": 2, "epsilon": 1e-5, "act": "silu", "dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+    block = ResnetBlock2D(4, 4, None, **options)
+    x = jnp.ones((1, 4, 4, 4), jnp.bfloat16)
+    gradient = jax.make_jaxpr(jax.grad(lambda x: block(x).astype(jnp.float32).sum()))(x)
+    assert str(gradient).count("rsqrt") == 4

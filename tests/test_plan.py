@@ -422,17 +422,17 @@ def test_an_unknown_topology_is_a_sentence(topology):
 
 
 def test_a_missing_compiler_for_gpus_is_named(monkeypatch):
-    monkeypatch.setattr(devices, "_has_module", lambda name: name != "nvidia.cudnn")
+    monkeypatch.setattr(devices, "has_module", lambda name: name != "nvidia.cudnn")
     with pytest.raises(UserError, match=r"not installed .nvidia-cudnn-cu12.: pip install .datencoder_jax\[plan-gpu\]"):
         devices.find_machine("H100")
 
 
 def test_a_module_below_a_missing_package_is_missing():
-    assert not devices._has_module("no_such_package.module") and devices._has_module("json.decoder")
+    assert not devices.has_module("no_such_package.module") and devices.has_module("json.decoder")
 
 
 def test_a_compiler_of_another_release_is_named(monkeypatch):
-    monkeypatch.setattr(devices, "_has_module", lambda name: True)
+    monkeypatch.setattr(devices, "has_module", lambda name: True)
     monkeypatch.setattr(devices.metadata, "version", lambda name: "0.9.1" if "plugin" in name else "0.10.2")
     with pytest.raises(UserError, match=r"jax-cuda12-plugin 0.9.1 does not belong to jaxlib 0.10.2: pip install"):
         devices.find_machine("8xh100")

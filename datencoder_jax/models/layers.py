@@ -128,10 +128,14 @@ class GroupNorm(nnx.GroupNorm):
         super().__init__(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
         self.output_dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x [batch, ..., channels]` -> the same shape."""
-        normalize = functools.partial(nnx.GroupNorm.__call__, self)
-        return recompute_in_gradient(lambda x: normalize(x).astype(self.output_dtype), self.output_dtype)(x)
+    def __call__(self, x: jax.Array, activate: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """`x [batch, ..., channels]` -> the same shape, normalized and then, where a function is given, activated."""
+
+        def normalize(x: jax.Array) -> jax.Array:
+            normalized = nnx.GroupNorm.__call__(self, x).astype(self.output_dtype)
+            return normalized if activate is None else activate(normalized)
+
+        return recompute_in_gradient(normalize, self.output_dtype)(x)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -26,7 +26,6 @@ from datencoder_jax.models.layers import (
     activation,
     conv1x1,
     conv3x3,
-    recompute_in_gradient,
     timestep_features,
     upsample_nearest,
 )
@@ -132,19 +131,16 @@ class ResnetBlock2D(nnx.Module):
         self.norm2 = GroupNorm(outputs, groups=groups, epsilon=epsilon, **common)
         self.conv2 = conv3x3(outputs, outputs, **common)
         self.conv_shortcut = conv1x1(inputs, outputs, **common) if inputs != outputs else None
-        self.act, self.dtype = activation(act), dtype
+        self.act = activation(act)
 
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
         """`x [batch, h, w, inputs]`, activated time embedding `[batch, time_width]` -> `[batch, h, w, outputs]`."""
-        h = self.conv1(self._activate(self.norm1, x))
+        h = self.conv1(self.norm1(x, self.act))
         if self.time_emb_proj is not None:
             assert time is not None, "this block takes a time embedding"
             h = h + self.time_emb_proj(time)[:, None, None, :]
-        h = self.conv2(self._activate(self.norm2, h))
+        h = self.conv2(self.norm2(h, self.act))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-    def _activate(self, norm: GroupNorm, x: jax.Array) -> jax.Array:
-        return recompute_in_gradient(lambda x: self.act(norm(x)), self.dtype)(x)
 
 
 class Downsample2D(nnx.Module):
@@ -361,7 +357,7 @@ class UNet2DConditionModel(nnx.Module):
         residuals, h, time, context = self._encode(latents, t, context, added, **paths)
         for block in self.up_blocks:
             h = block(h, residuals, time, context, **paths)
-        return self.conv_out(self.act(self.conv_norm_out(h))).astype(jnp.float32)
+        return self.conv_out(self.conv_norm_out(h, self.act)).astype(jnp.float32)
 
     def features(
         self, latents: jax.Array, t: jax.Array, context: jax.Array, added: Added | None = None

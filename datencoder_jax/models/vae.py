@@ -6,8 +6,9 @@
 Module names are those of diffusers' `AutoencoderKL`; arrays are NHWC; pictures are in [-1, 1].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,7 @@ class _Encoder(nnx.Module):
         h = self.conv_in(x)
         for block in self.down_blocks:
             h = block(h)
-        return self.conv_out(self.act(self.conv_norm_out(self.mid_block(h))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(h), self.act))
 
 
 class _Decoder(nnx.Module):
@@ -191,7 +192,7 @@ class _Decoder(nnx.Module):
         h = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             h = block(h)
-        return self.conv_out(self.act(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h, self.act))
 
 
 class AutoencoderKL(nnx.Module):
@@ -247,3 +248,23 @@ class AutoencoderKL(nnx.Module):
 def pictures_at_once(height: int, width: int) -> int:
     """How many pictures of that size are encoded or decoded together: many small ones, or a single one of 512 px."""
     return max(1, _PIXELS // (height * width))
+
+
+def map_in_batches(function: Callable[[jax.Array], Any], rows: jax.Array, size: int) -> Any:
+    """Calls a function of a batch on at most `size` rows at a time, and joins its results.
+
+    `jax.lax.map` with a `batch_size` vectorizes a function of a single row (`vmap`), for which fused attention has no
+    rule where its lengths are odd.
+
+    Args:
+        function: `[batch, ...]` -> a pytree of arrays `[batch, ...]`.
+        rows: `[n, ...]`.
+        size: rows at a time.
+    """
+    size = min(size, len(rows))
+    whole = len(rows) // size * size
+    results = jax.lax.map(function, rows[:whole].reshape(-1, size, *rows.shape[1:]))
+    results = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), results)
+    if whole < len(rows):
+        results = jax.tree.map(lambda *both: jnp.concatenate(both), results, function(rows[whole:]))
+    return results

@@ -1,6 +1,5 @@
 """The devices that a plan is for: a TPU slice or GPUs that need not be present, or this machine's own."""
 
-import importlib.util
 import math
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 
 from datencoder_jax.errors import UserError
-from datencoder_jax.runtime.availability import explain_no_device
+from datencoder_jax.runtime.availability import explain_no_device, has_module
 from datencoder_jax.runtime.hardware import GPUS, Chip, describe_gpu, find_chip
 from datencoder_jax.runtime.target import Target, gpu_memory_fraction
 
@@ -71,7 +70,7 @@ def find_machine(topology: str | None) -> Machine:
     if topology is None:
         try:
             devices = jax.devices()
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names one that is not there
             raise UserError(explain_no_device(error)) from error
         chip = find_chip(devices[0])
         return Machine(_describe_devices(devices), devices, chip, _memory_of_device(devices, chip))
@@ -122,7 +121,7 @@ _GPU_EXTRA = 'pip install "datencoder_jax[plan-gpu]"'
 
 def _check_gpu_compiler() -> None:
     """Raises `UserError` where a package of the compiler for GPUs is missing, or is of another version than jaxlib."""
-    missing = [package for package, module in _GPU_PACKAGES.items() if not _has_module(module)]
+    missing = [package for package, module in _GPU_PACKAGES.items() if not has_module(module)]
     if missing:
         raise UserError(f"the compiler for GPUs is not installed ({', '.join(missing)}): {_GPU_EXTRA}")
     plugin, jaxlib = metadata.version("jax-cuda12-plugin"), metadata.version("jaxlib")
@@ -131,13 +130,6 @@ def _check_gpu_compiler() -> None:
             f"jax-cuda12-plugin {plugin} does not belong to jaxlib {jaxlib}: pip install jax-cuda12-plugin=={jaxlib} "
             f"jax-cuda12-pjrt=={jaxlib}"
         )
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a package above it is missing
-        return False
 
 
 def _tpu_devices(topology: str) -> list:

@@ -6,7 +6,7 @@ it was given to overwrite, or gathers a whole batch on every device is as right 
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from datencoder_jax.plan import hlo
@@ -33,6 +33,10 @@ class Product:
     operands: tuple[str, ...]
     times: int
     exact: bool
+
+    def is_of(self, places: Collection[str]) -> bool:
+        """Whether it comes from one of these files and functions, directly or through what they call."""
+        return any(frame.startswith(tuple(places)) for frame in self.frames)
 
 
 def host_callbacks(text: str) -> list[str]:
@@ -81,10 +85,25 @@ def float32_products(text: str, allowed: Collection[str] = ()) -> Counter[str]:
         allowed: files ("encoder/") and functions ("base.py:Base.vision_input") of the package whose products, direct or
             through what they call, are meant to be float32.
     """
+    return _count(product for product in _float32(text) if not product.is_of(allowed))
+
+
+def rounded_products(text: str, places: Collection[str]) -> Counter[str]:
+    """How often products of two float32 factors run that do not ask for the highest precision.
+
+    Args:
+        places: files and functions of the package, as for `float32_products`; products of others are not counted.
+    """
+    return _count(product for product in _float32(text) if product.is_of(places) and not product.exact)
+
+
+def _float32(text: str) -> Iterator[Product]:
+    return (product for product in products(text) if product.operands == ("f32", "f32"))
+
+
+def _count(found: Iterable[Product]) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for product in products(text):
-        if product.operands != ("f32", "f32") or any(frame.startswith(tuple(allowed)) for frame in product.frames):
-            continue
+    for product in found:
         counts[product.frames[0] if product.frames else product.operation] += product.times
     return counts
 

@@ -74,15 +74,16 @@ def nvidia_driver() -> str | None:
 
 def has_cuda_libraries() -> bool:
     """Whether CUDA's libraries are installed to compute with; plans for GPUs do with the compiler alone."""
-    return _has_module("nvidia.cublas")
+    return has_module("nvidia.cublas")
 
 
 def has_cuda_plugin() -> bool:
     """Whether JAX's package for NVIDIA GPUs is installed."""
-    return any(_has_module(name) for name in _PLUGINS)
+    return any(has_module(name) for name in _PLUGINS)
 
 
-def _has_module(name: str) -> bool:
+def has_module(name: str) -> bool:
+    """Whether Python would find a module, which is not imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # a package above it is missing

@@ -39,7 +39,7 @@ from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
 from datencoder_jax.methods.datencoder import levels, look, predict_each
 from datencoder_jax.methods.focus import masked
 from datencoder_jax.models.module import Model, init_params
-from datencoder_jax.models.vae import Posterior, pictures_at_once
+from datencoder_jax.models.vae import Posterior, map_in_batches, pictures_at_once
 from datencoder_jax.objectives.contrastive import contrastive_dense, contrastive_ring, nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
@@ -352,8 +352,7 @@ class TuningEncoderTask:
         base, count = frozen.base, len(images)
         seen_key, noise_key = jax.random.split(key)
         vae, pictures = base.vae.bind(), to_float(images)
-        at_once = min(pictures_at_once(*images.shape[1:3]), count)
-        latents = jax.lax.map(lambda x: vae.to_latents(x[None])[0], pictures, batch_size=at_once)
+        latents = map_in_batches(vae.to_latents, pictures, pictures_at_once(*images.shape[1:3]))
         t = jnp.broadcast_to(levels(base.schedule.num_train_timesteps)[1], count)
         seen_noise = jax.random.normal(seen_key, latents.shape)
         variables = predict_each(encoder, base, pictures, latents, t, seen_noise, frozen.empty_ids)

@@ -47,6 +47,7 @@ def pytest_terminal_summary(terminalreporter):
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """One process for GPUs and one for TPUs, so that each compiles a program that several tests have only once."""
     for item in items:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_personalize import FLOAT32_PLACES
+from absent_gpu import in_half_precision
+from test_personalize import FLOAT32_PLACES, check_fused_attention
 
 from datencoder_jax.plan import inspection, shapes
 from datencoder_jax.plan.devices import find_machine
@@ -42,6 +43,7 @@ def test_recipes_on_photographs(topology, recipe, compiled):
 
 def check_training_step(result, program):
     assert not inspection.host_callbacks(result.text)
+    check_fused_attention(result)
     assert not inspection.float32_products(result.text, FLOAT32_TRAINING)
     assert inspection.aliased_outputs(result.text) == len(jax.tree.leaves(program.arguments[0]))
 
@@ -66,19 +68,32 @@ TOYWORLD = ("toyworld_vae", "toyworld_clip", "toyworld_unet", "toyworld_judge", 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_recipes_of_the_embedded_world(topology, recipe, compiled, monkeypatch, tmp_path):
     """The tasks that the recipes make, caught before they train."""
-    machine = find_machine(topology)
     task, config = catch_task(recipe, monkeypatch, tmp_path)
-    mesh = on_mesh.make_mesh({"data": -1}, machine.devices)
-    rows = slice(0, len(machine.devices))
+    machine = find_machine(topology)
+    result = compiled(trace_caught_task(task, config, {"data": -1}, machine), machine, recipe)
+    assert not inspection.host_callbacks(result.text)
+
+
+@pytest.mark.parametrize("recipe", ["toyworld_encoder", "toyworld_e4t"])
+@pytest.mark.parametrize("topology", ["8xH100"])
+def test_weights_shared_over_gpus(topology, recipe, compiled, monkeypatch, tmp_path):
+    """In bfloat16, whose attention is cuDNN's: XLA cannot partition it, and keys come split over heads."""
+    task, config = catch_task(recipe, monkeypatch, tmp_path)
+    task.frozen = task.frozen._replace(base=in_half_precision(task.frozen.base))
+    machine = find_machine(topology)
+    result = compiled(trace_caught_task(task, config, {"data": -1, "fsdp": 2}, machine), machine, f"{recipe} fsdp=2")
+    check_training_step(result, result.program)
+
+
+def trace_caught_task(task, config, sizes, machine):
+    mesh = on_mesh.make_mesh(sizes, machine.devices)
     batch = {
         name: jax.ShapeDtypeStruct((8 * len(machine.devices), *x.shape[1:]), x.dtype)
-        for name, x in task.batch(0, rows).items()
+        for name, x in task.batch(0, slice(0, len(machine.devices))).items()
     }
     if getattr(task, "mesh", None) is not None:  # of the devices that are here
         task.mesh = mesh
-    params = jax.eval_shape(task.init, jax.random.key(0))
-    result = compiled(trace_task_step(task, config, params, batch, mesh), machine, recipe)
-    assert not inspection.host_callbacks(result.text)
+    return trace_task_step(task, config, jax.eval_shape(task.init, jax.random.key(0)), batch, mesh)
 
 
 class Caught(Exception):
