@@ -43,9 +43,3 @@ def with_fused_attention(plain):
         encoder=random_model(TuningEncoder, encoder_config(pipeline, **sizes), 9),
         domain=random_model(DomainEncoder, domain_config(pipeline, "robot", **sizes), 5),
     )
-
-
-def in_half_precision(base):
-    """A base model whose networks are stored and computed in bfloat16."""
-    networks = {name: getattr(base, name) for name in ("unet", "vae", "text", "vision")}
-    return replace(base, **{name: network.cast("bfloat16", "bfloat16") for name, network in networks.items()})

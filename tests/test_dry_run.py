@@ -5,14 +5,15 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from absent_gpu import Hopper, allow_cudnn, in_half_precision, with_fused_attention
-from tiny import pictures, random_model, tiny_pipeline, write_tiny_base
+from absent_gpu import Hopper, allow_cudnn, with_fused_attention
+from tiny import SIDE, in_half_precision, pictures, random_model, tiny_pipeline, write_tiny_base, write_tiny_xl
 
 from datencoder_jax import api, compilation, compile_ahead
 from datencoder_jax.encoder.domain_encoder import DomainEncoder
 from datencoder_jax.memory import PRESETS, Memory
 from datencoder_jax.methods import METHODS
-from datencoder_jax.plan import dry_run
+from datencoder_jax.pipeline import read_pipeline
+from datencoder_jax.plan import dry_run, shapes
 from datencoder_jax.runtime.target import Target
 from datencoder_jax.training.encoder_stage import domain_config
 
@@ -76,6 +77,23 @@ def test_a_plan_has_the_programs_of_a_run_to_the_letter(plain, method, memory, m
     compiled = texts_of_a_run(pipeline, method, monkeypatch)
     assert [name for name, _ in planned] == [name for name, _ in compiled]
     for (name, plan), (_, text) in zip(planned, compiled, strict=True):
+        assert plan == text, name
+
+
+@pytest.mark.parametrize("kind", ["SD", "XL"])
+def test_shapes_of_a_folder_have_the_programs_of_its_weights(kind, tmp_path):
+    """What a plan makes of a folder's configurations is what loading the folder gives."""
+    folder = write_tiny_base(tmp_path) if kind == "SD" else write_tiny_xl(tmp_path)
+    loaded, target = read_pipeline(folder, "tiny"), Target.of(jax.devices()[0])
+    base = shapes.base_of_folder(folder, "float32", target)
+    planned = dry_run.hollow_pipeline(base, sorted(folder.glob("tokenizer*")), loaded.memory, name="tiny")
+    recorded = [
+        dry_run.record_programs(pipeline, jax.devices()[0], method="lora", word="robot", steps=STEPS, resolution=SIDE)
+        for pipeline in (planned, compile_ahead.without_weights(loaded))
+    ]
+    texts = [[(program.name, program.traced.lower().as_text()) for program in programs] for programs in recorded]
+    assert [name for name, _ in texts[0]] == [name for name, _ in texts[1]]
+    for (name, plan), (_, text) in zip(*texts, strict=True):
         assert plan == text, name
 
 

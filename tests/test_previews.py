@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absent_gpu import allow_cudnn, in_half_precision, with_fused_attention
-from tiny import SIDE
+from absent_gpu import allow_cudnn, with_fused_attention
+from tiny import SIDE, in_half_precision
 
 from datencoder_jax.encoder.reading import read_again
 from datencoder_jax.models.vae import map_in_batches

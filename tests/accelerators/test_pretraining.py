@@ -4,8 +4,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from absent_gpu import in_half_precision
 from test_personalize import FLOAT32_PLACES, check_fused_attention
+from tiny import in_half_precision
 
 from datencoder_jax.plan import inspection, shapes
 from datencoder_jax.plan.devices import find_machine
