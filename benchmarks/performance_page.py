@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", type=int, default=[0], choices=(0, 8, 16, 24))
     parser.add_argument("--tables", nargs="+", type=Path, default=[], metavar="FILE", help="of make test-accelerators")
     args = parser.parse_args()
+    if args.part != "compiling":
+        jax.config.update("jax_optimization_level", "O0")  # as plans do
     if args.part == "work":
         for version in args.models:
             save_rows("work", measure_work(version), "model")

@@ -96,9 +96,9 @@ convolutions and fused attentions once, as if all else were fused into these.
 def _compiling(rows: list[dict]) -> str:
     text = """## Compiling a first run
 
-Seconds from the start until every program is compiled that a first `personalize` with the tuning-encoder runs, with all
-of XLA's optimization: tracing in one thread, compiling in others, as `datencoder personalize` does. The table
-above has the seconds of each program by itself. Kernels are not tuned by timing, which needs the device.
+Seconds from the start until every program is compiled that a first `personalize` with the tuning-encoder runs: tracing
+in one thread, compiling in others, as `datencoder personalize` does, and with XLA's own effort. (The tables above have
+the seconds of each program by itself, with the effort O0.) Kernels are not tuned by timing, which needs the device.
 """
     cells = [
         [row["device"], row["model"], *(str(row[name]) for name in ("programs", "threads"))]
@@ -142,7 +142,12 @@ def _training(rows: list[dict]) -> str:
         for row in rows
     ]
     header = ["device", "recipe", *_DESCRIPTION[1:], "images/s a device at most", "collectives"]
-    return "## Pretraining\n\nOne step at 8 images a device.\n\n" + _table(header, cells)
+    text = """## Pretraining
+
+One step at 8 images a device; images/s by the larger of arithmetic and traffic. Programs are compiled with the effort
+O0, as plans are: XLA takes several times as long for a TPU with its own.
+"""
+    return f"{text}\n{_table(header, cells)}"
 
 
 def _compiled(rows: list[dict]) -> str:
