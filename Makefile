@@ -31,10 +31,10 @@ test-slow: $(TEST)  ## run the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-accelerators: $(ACCELERATORS)  ## compile the programs for GPUs and TPUs, which need not be there
-	DATENCODER_ACCELERATORS=1 $(ACCELERATORS_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" tests/accelerators $(ARGS)
+	DATENCODER_ACCELERATORS=1 $(ACCELERATORS_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/accelerators $(ARGS)
 
 test-accelerators-all: $(ACCELERATORS)  ## the same with Stable Diffusion 2.1 and XL; hours
-	DATENCODER_ACCELERATORS=1 $(ACCELERATORS_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/accelerators $(ARGS)
+	DATENCODER_ACCELERATORS=1 $(ACCELERATORS_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/accelerators $(ARGS)
 
 lint: $(TEST)  ## check style, formatting, types and the order of imports
 	$(BIN)/ruff check

@@ -47,14 +47,6 @@ def pytest_terminal_summary(terminalreporter):
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """One process for GPUs and one for TPUs, so that each compiles a program that several tests have only once."""
-    for item in items:
-        if topology := getattr(item, "callspec", None) and item.callspec.params.get("topology"):
-            item.add_marker(pytest.mark.xdist_group("TPU" if ":" in topology else "GPU"))
-
-
 _results = {}
 
 

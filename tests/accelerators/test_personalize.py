@@ -30,11 +30,14 @@ FLOAT32_PLACES = (
 EXACT_PLACES = ("objectives/", "methods/text_metric.py", "models/vae.py")
 """Those whose float32 factors must not be rounded as they are multiplied."""
 
+ALONE = {"image features": 1.6, "VAE encoding": 0.6, "text encoding": 0.4, "initial state": 0.1, "VAE decoding": 0.8}
+"""What each takes where networks visit the device one by one."""
 BUDGETS = {
-    ("1.5", "chosen", "H100"): {"prediction": 4.6, "subject mask": 5.0, "tuning": 12.0, "sampling": 6.9},
-    ("1.5", "chosen", "v5e:1x1"): {"prediction": 4.6, "subject mask": 5.0, "tuning": 6.0, "sampling": 4.0},
-    ("1.5", 8, "H100"): {"prediction": 3.2, "subject mask": 2.6, "tuning": 3.8, "sampling": 2.9},
-    ("1.5", 8, "v5e:1x1"): {"prediction": 3.2, "subject mask": 2.6, "tuning": 3.8, "sampling": 2.9},
+    ("1.5", "chosen", "H100"): {"prediction": 4.6, "VAE encoding": 4.6, "text encoding": 4.4, "initial state": 4.4}
+    | {"subject mask": 4.7, "tuning": 12.0, "sampling": 6.9},
+    ("1.5", "chosen", "v5e:1x1"): ALONE | {"prediction": 2.7, "subject mask": 2.6, "tuning": 4.5, "sampling": 2.5},
+    ("1.5", 8, "H100"): ALONE | {"prediction": 2.6, "subject mask": 2.4, "tuning": 3.8, "sampling": 3.3},
+    ("1.5", 8, "v5e:1x1"): ALONE | {"prediction": 2.7, "subject mask": 2.4, "tuning": 3.3, "sampling": 2.3},
 }
 """GB of a device that a program may take, with all that lies beside it, by model, `--memory` and device."""
 
@@ -93,9 +96,10 @@ def test_stable_diffusion(version, topology, memory, compiled):
     settings = choose(True, machine.target_with_memory) if memory == "chosen" else PRESETS[memory]
     settings = for_xl(settings) if version == "XL" and memory == "chosen" else settings
     pipeline = shapes.pipeline_of_version(version, "datencoder", settings, machine.target)
-    budgets = BUDGETS.get((version, memory, topology), {})
+    budgets = BUDGETS.get((version, memory, topology))
     resolution = 512 if version == "1.5" else None
     for program in record_programs(pipeline, machine.devices[0], steps=12, resolution=resolution):
         result = compiled(program, machine, f"{version}{'' if memory == 'chosen' else f' --memory {memory}'}")
         check_compiled(result, needs_attention=program.name in WITH_UNET)
-        assert result.room.total <= 1e9 * budgets.get(program.name, float("inf")), program.name
+        if budgets is not None:
+            assert result.room.total <= 1e9 * budgets[program.name], program.name

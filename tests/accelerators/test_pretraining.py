@@ -15,7 +15,7 @@ from datencoder_jax.training.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOPOLOGIES = ("8xH100", "v5e:4x4")
-BUDGETS = {("1.5", "8xH100"): 20.0, ("1.5", "v5e:4x4"): 15.8}
+BUDGETS = {("1.5", "8xH100"): 10.0, ("1.5", "v5e:4x4"): 10.7}
 """GB of a device at 8 images, by model and devices."""
 
 SLOW = ("sd15_paper", "sd21_laion", "sdxl_laion")
