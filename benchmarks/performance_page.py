@@ -5,6 +5,7 @@
     python benchmarks/performance_page.py programs --models 1.5 --topologies H100 v5e:1x1
     python benchmarks/performance_page.py compiling --models 1.5 XL
     python benchmarks/performance_page.py training --configs configs/sd15_laion.py --topologies 8xH100 v5e:4x4
+    python benchmarks/performance_page.py plans
     ACCELERATORS_TABLE=out/compiled.md make test-accelerators
     python benchmarks/performance_page.py compiled --tables out/compiled.md
 
@@ -14,6 +15,9 @@ Each part is measured by itself and kept in docs/performance.json; every call wr
 import argparse
 import json
 import os
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -44,6 +48,11 @@ from datencoder_jax.training.recipes import load_recipe  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 STEPS, SAMPLING_STEPS = 12, 25
+PLANS = (
+    "--topology H100 --models 1.5 XL",
+    "--topology 8xH100 --config configs/sd15_laion.py --set batch_size=64",
+    "--topology v5e:4x4 --config configs/sd15_laion.py --set batch_size=128 --programs train",
+)
 ATTENTION = {
     # batch, queries, keys, heads, head dimension
     "1.5, self-attention, 512 px": (8, 4096, 4096, 8, 40),
@@ -180,6 +189,14 @@ def measure_training(config: str, topology: str) -> list[dict]:
     return [row]
 
 
+def make_plan(options: str) -> list[dict]:
+    """What `datencoder plan` prints with these options."""
+    command = [sys.executable, "-m", "datencoder_jax", "plan", *shlex.split(options)]
+    text = subprocess.run(command, cwd=DOCS.parent, stdout=subprocess.PIPE, text=True).stdout
+    print(text, flush=True)
+    return [{"command": f"datencoder plan {options}", "text": text}]
+
+
 def result_to_row(result) -> dict:
     """The numbers of a program that compiled, for JSON.
 
@@ -223,11 +240,12 @@ def save_rows(part: str, rows: list[dict], *key: str) -> None:
 def main() -> None:
     """Measures what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("work", "attention", "programs", "compiling", "training", "compiled"))
+    parser.add_argument("part", choices=("work", "attention", "programs", "compiling", "training", "plans", "compiled"))
     parser.add_argument("--models", nargs="+", default=["1.5"], choices=("1.5", "2.1", "XL"))
     parser.add_argument("--topologies", nargs="+", default=["H100"], metavar="NAME")
     parser.add_argument("--configs", nargs="+", default=["configs/sd15_laion.py"], metavar="RECIPE")
     parser.add_argument("--memory", nargs="+", type=int, default=[0], choices=(0, 8, 16, 24))
+    parser.add_argument("--plan", nargs="+", default=PLANS, metavar="OPTIONS", help="options of datencoder plan")
     parser.add_argument("--tables", nargs="+", type=Path, default=[], metavar="FILE", help="of make test-accelerators")
     args = parser.parse_args()
     if args.part != "compiling":
@@ -235,9 +253,12 @@ def main() -> None:
     if args.part == "work":
         for version in args.models:
             save_rows("work", measure_work(version), "model")
+    if args.part == "plans":
+        for options in args.plan:
+            save_rows("plans", make_plan(options), "command")
     if args.part == "compiled":
         save_rows("compiled", read_compiled(args.tables), "device", "program")
-    for topology in args.topologies if args.part not in ("work", "compiled") else ():
+    for topology in args.topologies if args.part not in ("work", "plans", "compiled") else ():
         if args.part == "attention":
             save_rows("attention", measure_attention(topology), "device")
         if args.part == "programs":
