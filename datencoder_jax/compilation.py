@@ -169,7 +169,8 @@ class Program:
         """What is compiled in the background, or what the function compiles now, under a printed line."""
         quiet = quiet or (isinstance(started, Future) and started.done())
         if not quiet:
-            print(f"compiling {self.name} (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
+            doing = f"waiting for {self.name} to compile" if isinstance(started, Future) else f"compiling {self.name}"
+            print(f"{doing} (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
             compiled = started.result() if isinstance(started, Future) else started()

@@ -47,7 +47,7 @@ def test_a_call_waits_for_what_is_compiling_and_says_so(capsys):
         executor.submit(time.sleep, 0.3)
         program.compile_in_background(executor, jax.ShapeDtypeStruct((3,), jnp.float32))
         np.testing.assert_array_equal(program(jnp.zeros(3)), np.ones(3))
-    assert capsys.readouterr().err.startswith("compiling adding (cached afterwards) ... 0.")
+    assert capsys.readouterr().err.startswith("waiting for adding to compile (cached afterwards) ... 0.")
     assert program.compilations == 1 and program.seconds > 0.1
 
 
