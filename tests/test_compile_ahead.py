@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,10 +43,11 @@ def test_a_run_finds_all_its_programs_compiled(pipeline, method, monkeypatch):
 
 
 def test_a_call_waits_for_what_is_compiling_and_says_so(capsys):
-    program = compilation.Program("adding", lambda x: x + 1.0)
+    program, busy = compilation.Program("adding", lambda x: x + 1.0), threading.Event()
     with ThreadPoolExecutor(1) as executor:
-        executor.submit(time.sleep, 0.3)
+        executor.submit(busy.wait)
         program.compile_in_background(executor, jax.ShapeDtypeStruct((3,), jnp.float32))
+        threading.Timer(0.3, busy.set).start()
         np.testing.assert_array_equal(program(jnp.zeros(3)), np.ones(3))
     assert capsys.readouterr().err.startswith("waiting for adding to compile (cached afterwards) ... 0.")
     assert program.compilations == 1 and program.seconds > 0.1
