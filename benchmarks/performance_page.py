@@ -50,7 +50,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 STEPS, SAMPLING_STEPS = 12, 25
 PLANS = (
     "--topology H100 --models 1.5 XL",
-    "--topology 8xH100 --config configs/sd15_laion.py --set batch_size=64",
+    "--topology 8xH100 --config configs/sd15_laion.py --set batch_size=64 --programs train",
     "--topology v5e:4x4 --config configs/sd15_laion.py --set batch_size=128 --programs train",
 )
 ATTENTION = {

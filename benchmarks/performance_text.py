@@ -184,15 +184,16 @@ O0, as plans are: XLA takes several times as long for a TPU with its own.
 
 
 def _plans(rows: list[dict]) -> str:
-    text = "## Plans\n\nWhat `datencoder plan` prints; [Will it fit?](plan.md) tells how to read it.\n"
-    return text + "".join(f"\n### `{row['command']}`\n\n{_with_room(row['text'])}" for row in rows)
+    text = "## Plans\n\nWhat `datencoder plan` prints; [Will it fit?](plan.md) tells how to read it. Compiling took\nlonger than it would have alone: other work ran beside it.\n"
+    return text + "".join(f"\n### `{row['command']}`\n\n{_as_markdown(row['text'])}" for row in rows)
 
 
-def _with_room(text: str) -> str:
-    """A plan with an empty line before its table, as Markdown wants it."""
+def _as_markdown(text: str) -> str:
+    """A plan whose table is one of Markdown with an empty line before it; any other as it stands."""
     lines = text.strip().splitlines()
-    first = next((number for number, line in enumerate(lines) if line.startswith("|")), len(lines))
-    return "\n".join([*lines[:first], "", *lines[first:]]) + "\n"
+    first = next((number for number, line in enumerate(lines) if line.startswith("|")), None)
+    lines = ["```", *lines, "```"] if first is None else [*lines[:first], "", *lines[first:]]
+    return "\n".join(lines) + "\n"
 
 
 def _compiled(rows: list[dict]) -> str:

@@ -36,3 +36,10 @@ def test_tables_of_compiled_programs_are_read(page, tmp_path):
     ]
     text = page.render_page({"compiled": rows, "made": {"compiled": "jax"}})
     assert "| v5e:1x1 | 1.5: tuning | 5.9 |" in text.splitlines()
+
+
+def test_plans_are_tables_or_stand_as_they_are(page):
+    rows = [{"command": "a", "text": "a machine\n| x |\n|---|\n"}, {"command": "b", "text": "a recipe\n  chips  8\n"}]
+    lines = page.render_page({"plans": rows, "made": {"plans": "jax"}}).splitlines()
+    assert lines[lines.index("a machine") + 1 :][:2] == ["", "| x |"]
+    assert lines[lines.index("a recipe") - 1] == "```" and lines[lines.index("  chips  8") + 1] == "```"
