@@ -184,7 +184,11 @@ O0, as plans are: XLA takes several times as long for a TPU with its own.
 
 
 def _plans(rows: list[dict]) -> str:
-    text = "## Plans\n\nWhat `datencoder plan` prints; [Will it fit?](plan.md) tells how to read it. Compiling took\nlonger than it would have alone: other work ran beside it.\n"
+    text = """## Plans
+
+What `datencoder plan` prints; [Will it fit?](plan.md) tells how to read it. Compiling took longer than it would have
+alone: other work ran beside it.
+"""
     return text + "".join(f"\n### `{row['command']}`\n\n{_as_markdown(row['text'])}" for row in rows)
 
 
