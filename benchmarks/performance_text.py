@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from datencoder_jax.runtime.hardware import CHIPS
-
 INTRODUCTION = """# Performance, by the compilers' count
 
 Made by `benchmarks/performance_page.py`; do not edit. Nothing on this page ran on an accelerator: XLA compiled the
@@ -48,25 +46,16 @@ def _goals(content: dict) -> str:
             own = f"{(row['arguments'] + row['temporaries']) / 1e9:.1f} GB"
             both = f"{own} ({row['memory'] / 1e9:.1f} GB with the networks beside it)"
             lines.append(["12 tuning steps of 8 draws, 1.5, H100: arguments and work", "10 GB at most", both])
-    for row in content.get("compiled", ()):
-        if (row["device"], row["program"]) == ("v5e:4x4", "sd15_laion: train"):
-            lines.append(["training step of sd15_laion, v5e:4x4", "18 images/s a chip, by compute", _rate_on_v5e(row)])
+    for row in content.get("training", ()):
+        if row["device"].startswith("v5e"):
+            rate = f"{row['images_per_second_per_device']:.1f} images/s, by {row['limit']}"
+            lines.append([f"training step of {row['recipe']}, {row['device']}", "18 images/s a chip, by compute", rate])
     for row in content.get("compiling", ()):
         goal = {"1.5": 120, "XL": 300}[row["model"]]
         took = f"{row['seconds']:.0f} s" + (" (missed)" if row["seconds"] > goal else "")
         label = f"compiling a first run of {row['model']} for {row['device']}, {row['threads']} cores"
         lines.append([label, f"{goal} s at most", took])
     return f"## Goals\n\n{_table(['what', 'goal', 'measured'], lines)}"
-
-
-def _rate_on_v5e(row: dict) -> str:
-    """Images per second of a step at 8 images a chip, by what bounds it."""
-    chip = CHIPS["v5e"]
-    compute = float(row["TFLOP"]) * 1e12 / chip.flops
-    memory = float(row["moved, GB"]) * 1e9 / chip.hbm_bandwidth
-    limit = "compute" if compute > memory else "memory"
-    rate = f"{8 / max(compute, memory):.1f} images/s, by {limit}"
-    return f"{rate} ({1e3 * compute:.0f} ms; memory takes {1e3 * memory:.0f})"
 
 
 def _made(content: dict, part: str) -> str:
