@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -33,7 +34,7 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 from performance_text import read_compiled, render_page  # noqa: E402
 
 from datencoder_jax.compilation import Program  # noqa: E402
-from datencoder_jax.compile_ahead import CompilationThreads, without_garbage_collection  # noqa: E402
+from datencoder_jax.compile_ahead import without_garbage_collection  # noqa: E402
 from datencoder_jax.memory import PRESETS, Memory, for_xl  # noqa: E402
 from datencoder_jax.models.dot_product_attention import attend  # noqa: E402
 from datencoder_jax.plan import inspection, shapes  # noqa: E402
@@ -143,7 +144,7 @@ def measure_compiling(version: str, topology: str) -> list[dict]:
     memory = for_xl(Memory()) if version == "XL" else Memory()
     pipeline = shapes.pipeline_of_version(version, "datencoder", memory, machine.target)
     threads, started = os.cpu_count() or 1, time.perf_counter()
-    executor = CompilationThreads(threads)
+    executor = ThreadPoolExecutor(threads)
 
     def trace_and_compile(program, *args, **kwargs):
         traced = trace(program, *args, **kwargs)
@@ -154,7 +155,6 @@ def measure_compiling(version: str, topology: str) -> list[dict]:
         resolution = 512 if version == "1.5" else None
         programs = list(record_programs(pipeline, machine.devices[0], steps=STEPS, resolution=resolution))
         traced_seconds = time.perf_counter() - started
-    executor.end_tracing()
     for future in futures:
         future.result()
     row = {"device": topology, "model": version, "threads": threads, "programs": len(programs)}

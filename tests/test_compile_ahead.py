@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -15,7 +14,7 @@ import pytest
 from tiny import pictures
 
 from datencoder_jax import api, compilation
-from datencoder_jax.compile_ahead import CompilationThreads, compiling_ahead
+from datencoder_jax.compile_ahead import compiling_ahead
 from datencoder_jax.methods import METHODS
 
 STEPS = 2
@@ -76,24 +75,6 @@ def test_programs_that_were_not_begun_when_a_run_failed_compile_in_the_next(pipe
         raise KeyboardInterrupt
     tuned, _ = run(pipeline)
     assert len(tuned.report["losses"]) == STEPS
-
-
-def test_the_last_program_compiles_first_and_tracing_has_a_core():
-    threads, seen = CompilationThreads(1), []
-    for number in range(3):
-        threads.submit(seen.append, number)
-    time.sleep(0.1)
-    assert not seen
-    threads.end_tracing()
-    threads.shutdown()
-    assert seen == [2, 1, 0]
-
-
-def test_what_nobody_needs_is_not_begun():
-    threads = CompilationThreads(1)
-    future = threads.submit(int)
-    threads.shutdown(cancel_futures=True)
-    assert future.cancelled()
 
 
 def test_nothing_looks_for_garbage_while_programs_are_traced(pipeline):
