@@ -258,7 +258,9 @@ def tuning_config(pipeline: Pipeline, method: Method, pictures: int, steps: int)
     """
     memory, momentum = pipeline.memory, tuning.momentum_for(steps)
     views = pictures * max(2, -(-16 // pictures))
-    config = TuningConfig(draws=memory.draws, views=views, momentum=momentum, remat=memory.remat)
+    config = TuningConfig(
+        draws=memory.draws, views=views, momentum=momentum, remat=memory.remat, scan_layers=memory.scan_layers
+    )
     return config if method.norm_weight is None else replace(config, norm_weight=method.norm_weight)
 
 

@@ -123,6 +123,7 @@ class Base:
         offsets: Mapping[str, Ready] | None = None,
         blend: jax.Array | float = 1.0,
         remat: bool = False,
+        scan_layers: bool = False,
         maps: Maps | None = None,
     ) -> jax.Array:
         """The UNet's prediction for noisy latents `[batch, h, w, c]` under a soft prompt, blended with a hard one.
@@ -148,6 +149,7 @@ class Base:
             pair=streams is not None,
             blend=blend,
             remat=remat,
+            scan_layers=scan_layers,
             maps=maps,
         )
         return prediction if streams is None else jnp.split(prediction, 2)[1]

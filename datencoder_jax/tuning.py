@@ -69,6 +69,8 @@ class TuningConfig:
         momentum: Adam's first decay; `momentum_for` has the one for a number of steps.
         remat: compute the UNet's inner states again for the gradient instead of keeping them, for a fraction of the
             memory at a third more work.
+        scan_layers: run the UNet's repeated transformer blocks as a loop over a copy of their weights, which compiles
+            several times faster.
     """
 
     draws: int = 8
@@ -78,6 +80,7 @@ class TuningConfig:
     norm_weight: float = 1e-3
     momentum: float = 0.9
     remat: bool = False
+    scan_layers: bool = False
 
 
 class Prior(NamedTuple):
@@ -207,6 +210,7 @@ def tune_loss(variables: Variables, problem: Problem, draw_key: jax.Array, confi
         offsets=base.edits(variables, soft),
         blend=problem.blend,
         remat=config.remat,
+        scan_layers=config.scan_layers,
         maps=maps,
     )
     error = (each * denoising_loss(prediction, drawn.target, where=drawn.focus)).sum()

@@ -148,7 +148,10 @@ def test_settings_reach_the_tuning(small, monkeypatch):
     spy.seconds = 0.0
     monkeypatch.setattr(tuning, "tune", spy)
     personalize(small, method="lora", config=None)
-    assert set(seen) == {TuningConfig(draws=1, views=16, remat=True)}
+    assert set(seen) == {TuningConfig(draws=1, views=16, remat=True, scan_layers=False)}
+    seen.clear()
+    personalize(replace(small, memory=Memory()), method="lora", config=None)
+    assert set(seen) == {TuningConfig(draws=8, views=16, remat=False, scan_layers=True)}
 
 
 # --- which settings
@@ -160,6 +163,7 @@ def test_less_memory_asks_for_no_more(plain):
     for less, more in itertools.pairwise(steps):
         assert less.draws <= more.draws and less.batch <= more.batch
         assert less.remat >= more.remat and less.in_parts >= more.in_parts
+        assert less.scan_layers <= more.scan_layers
         assert less != more
 
 
@@ -194,13 +198,13 @@ def test_settings_are_chosen_by_the_device(monkeypatch, backend, share, limit, w
 
 
 def test_xl_recomputes_however_much_there_is():
-    assert memory.for_xl(Memory()) == PRESETS[24]
+    assert memory.for_xl(Memory()) == replace(PRESETS[24], scan_layers=True)
     assert memory.for_xl(PRESETS[8]) == PRESETS[8] and memory.for_xl(PRESETS[16]) == PRESETS[16]
 
 
 def test_a_processor_has_no_second_memory():
     chosen = memory.choose(large=True, target=current_target())
-    assert chosen.remat and chosen.batch == 1 and not chosen.in_parts
+    assert chosen.remat and chosen.batch == 1 and not chosen.in_parts and not chosen.scan_layers
     assert memory.choose(large=False, target=current_target()) == Memory()
 
 

@@ -1,5 +1,6 @@
 """Every model against its PyTorch original, with random weights, in float32."""
 
+import functools
 import gc
 
 import jax
@@ -14,7 +15,7 @@ from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.models.vae import AutoencoderKL, VAEConfig
 from datencoder_jax.runtime.target import current_target
-from datencoder_jax.typing import Added
+from datencoder_jax.typing import Added, LowRank
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -209,6 +210,58 @@ def test_remat_changes_memory_and_not_the_gradient():
     np.testing.assert_allclose(saving(model, context), plain(model, context), rtol=1e-4, atol=1e-7)
     sizes = [program.memory_analysis().temp_size_in_bytes for program in (saving, plain)]
     assert sizes[0] < 0.5 * sizes[1], sizes
+
+
+def test_a_scan_over_transformer_blocks_changes_neither_prediction_nor_gradient():
+    """Two and three blocks in a row, both paths, a low-rank offset in each projection and its gradient."""
+    theirs = randomized(diffusers.UNet2DConditionModel(**UNET_SMALL | {"transformer_layers_per_block": (2, 3)}))
+    model = ours(UNet2DConditionModel, UNetConfig.from_dict(dict(theirs.config)), theirs)
+    rng = np.random.default_rng(3)
+    latents, context, hard = draw(rng, 2, 4, 4, 4), draw(rng, 2, 5, 24), draw(rng, 2, 5, 24)
+    weights = {name.removesuffix(".weight"): value for name, value in model.params.items() if ".attn" in name}
+    weights = {name: value for name, value in weights.items() if value.ndim == 2}
+    offsets = {name: LowRank(0.1 * draw(rng, len(w), 2), 0.1 * draw(rng, 2, w.shape[1])) for name, w in weights.items()}
+
+    def predict(offsets, context, **options):
+        return model(latents, jnp.int32(500), context, offsets=offsets, hard_context=hard, blend=0.7, **options)
+
+    def lower_gradient(**options):
+        def loss(*inputs):
+            predicted = predict(*inputs, **options)
+            return jnp.square(predicted).mean(), predicted
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(offsets, context)
+
+    looped, scanned = lower_gradient(), lower_gradient(scan_layers=True, remat=True)
+    assert scanned.as_text().count("stablehlo.while") > 0 == looped.as_text().count("stablehlo.while")
+    results = [jax.tree.leaves(lowered.compile()(offsets, context)) for lowered in (scanned, looped)]
+    results[0].append(jax.jit(functools.partial(predict, scan_layers=True))(offsets, context))
+    results[1].append(results[1][-1])
+    for own, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("reason", ["maps are collected", "offsets of some blocks", "offsets of several ranks"])
+def test_blocks_that_differ_are_not_scanned(reason):
+    theirs = randomized(diffusers.UNet2DConditionModel(**UNET_SMALL | {"transformer_layers_per_block": 2}))
+    model = ours(UNet2DConditionModel, UNetConfig.from_dict(dict(theirs.config)), theirs)
+    rng = np.random.default_rng(3)
+    latents, context = draw(rng, 2, 4, 4, 4), draw(rng, 2, 5, 24)
+    attentions = {p.removesuffix(".to_q.weight") for p in model.params if p.endswith("attn2.to_q.weight")}
+    ranks = {"maps are collected": (2, 2), "offsets of some blocks": (0, 2), "offsets of several ranks": (1, 2)}[reason]
+    offsets = {}
+    for path in attentions:
+        weight, rank = model.params[f"{path}.to_q.weight"], ranks[int(path.split(".")[-2])]
+        if rank:
+            offsets[f"{path}.to_q"] = LowRank(draw(rng, len(weight), rank), draw(rng, rank, weight.shape[1]))
+
+    def run(scan_layers):
+        maps = dict.fromkeys(attentions) if reason == "maps are collected" else None
+        return model(latents, jnp.int32(5), context, offsets=offsets, scan_layers=scan_layers, maps=maps), maps
+
+    (own, maps), (expected, _) = run(True), run(False)
+    np.testing.assert_array_equal(own, expected)
+    assert maps is None or all(each is not None for each in maps.values())
 
 
 @pytest.mark.parametrize("options", [{}, {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": None}])

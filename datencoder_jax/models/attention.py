@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from datencoder_jax.models.dot_product_attention import attend, attention_scores
-from datencoder_jax.models.edits import Ready, apply
+from datencoder_jax.models.edits import Ready, apply, stack_offsets
 from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1, recompute_in_gradient
 
 Maps = dict[str, jax.Array | None]
@@ -157,6 +157,7 @@ class BasicTransformerBlock(nnx.Module):
 
     def __init__(self, width: int, context_width: int, heads: int, head_dim: int, *, path: str, dtype, rngs: nnx.Rngs):
         common = {"dtype": dtype, "rngs": rngs}
+        self.path = path
         self.norm1 = LayerNorm(width, epsilon=1e-5, **common)
         self.attn1 = Attention(width, None, heads, head_dim, path=f"{path}.attn1", **common)
         self.norm2 = LayerNorm(width, epsilon=1e-5, **common)
@@ -206,17 +207,57 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = project(width, width, **common)
 
     def __call__(
-        self, x: jax.Array, context: jax.Array, *, remat: bool = False, maps: Maps | None = None, **paths
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        *,
+        offsets: Mapping[str, Ready] | None = None,
+        remat: bool = False,
+        scan_layers: bool = False,
+        maps: Maps | None = None,
+        **paths,
     ) -> jax.Array:
-        """`x [batch, h, w, width]` -> the same shape; `remat` and `maps` as for the UNet."""
+        """`x [batch, h, w, width]` -> the same shape; `remat`, `scan_layers` and `maps` as for the UNet."""
         h = self.proj_in(self.norm(x))
         h = h.reshape(h.shape[0], -1, h.shape[-1])
-        maps = {} if maps is None else maps
-        for block in self.transformer_blocks:
-            apply = functools.partial(_with_maps, block, tuple(maps.keys() & {block.attn2.path}), **paths)
-            h, own = (jax.checkpoint(apply) if remat else apply)(h, context)
-            maps.update(own)
+        blocks, maps = list(self.transformer_blocks), {} if maps is None else maps
+        records = any(block.attn2.path in maps for block in blocks)
+        stacked = stack_offsets(offsets, [block.path for block in blocks])
+        if scan_layers and len(blocks) > 1 and stacked is not None and not records:
+            h = _scan_blocks(blocks, h, context, stacked, remat=remat, **paths)
+        else:
+            for block in blocks:
+                names = tuple(maps.keys() & {block.attn2.path})
+                apply = functools.partial(_with_maps, block, names, offsets=offsets, **paths)
+                h, own = (jax.checkpoint(apply) if remat else apply)(h, context)
+                maps.update(own)
         return self.proj_out(h.reshape(x.shape)) + x
+
+
+def _scan_blocks(
+    blocks: Sequence[BasicTransformerBlock],
+    h: jax.Array,
+    context: jax.Array,
+    offsets: dict[str, Ready],
+    *,
+    remat: bool,
+    **paths,
+) -> jax.Array:
+    """What the blocks give one after the other, as a loop over their stacked weights: the compiler sees one block.
+
+    Args:
+        offsets: stacked like the weights, as `stack_offsets` gives them.
+    """
+    graphdef = nnx.split(blocks[0])[0]
+    weights = jax.tree.map(lambda *each: jnp.stack(each), *(nnx.state(block) for block in blocks))
+
+    def step(h: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        weights, offsets = layer
+        return nnx.merge(graphdef, weights)(h, context, offsets=offsets, **paths), None
+
+    # In a loop no barrier against common subexpressions is needed: the recomputation is in a loop of its own.
+    step = jax.checkpoint(step, prevent_cse=False) if remat else step
+    return jax.lax.scan(step, h, (weights, offsets))[0]
 
 
 def _with_maps(

@@ -16,7 +16,7 @@ Nothing is differentiated with respect to a gate: its directions follow the conc
 A concept keeps edits as they are trained. `ready` brings them into the forms that `apply` takes, once for many calls.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -148,6 +148,28 @@ def paired(edits: Mapping[str, Ready] | None) -> dict[str, Ready] | None:
         return jax.tree.map(lambda x: jnp.concatenate([x, x]) if jnp.ndim(x) == _BATCHED else x, edit)
 
     return {path: one(edit) for path, edit in (edits or {}).items()}
+
+
+def stack_offsets(offsets: Mapping[str, Ready] | None, modules: Sequence[str]) -> dict[str, Ready] | None:
+    """The offsets of several modules of one kind, each array with a first axis for the module, by the first's paths.
+
+    Args:
+        modules: the modules' paths.
+
+    Returns:
+        An empty dictionary where no module has offsets, and None where they do not have them alike.
+    """
+    own = [_rename_module(offsets or {}, module, modules[0]) for module in modules]
+    shapes = [jax.tree.map(jnp.shape, each) for each in own]
+    if any(each != shapes[0] for each in shapes):
+        return None
+    return jax.tree.map(lambda *each: jnp.stack(each), *own)
+
+
+def _rename_module(offsets: Mapping[str, Ready], module: str, name: str) -> dict[str, Ready]:
+    """The offsets of one module alone, as those of a module of that name."""
+    prefix = f"{module}."
+    return {f"{name}.{path.removeprefix(prefix)}": edit for path, edit in offsets.items() if path.startswith(prefix)}
 
 
 def follows_class(edits: Mapping[str, Edit], gate: Gate | None) -> bool:

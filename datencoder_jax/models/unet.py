@@ -329,6 +329,7 @@ class UNet2DConditionModel(nnx.Module):
         pair: bool = False,
         blend: jax.Array | float = 1.0,
         remat: bool = False,
+        scan_layers: bool = False,
         maps: Maps | None = None,
     ) -> jax.Array:
         """The model's prediction (noise or velocity, as it was trained).
@@ -345,6 +346,9 @@ class UNet2DConditionModel(nnx.Module):
             pair: the batch is two halves, and the second attends to the context as the first does.
             blend: weight of the soft path, a scalar or `[batch]`; has no effect without `hard_context`.
             remat: keep only the input of every layer for the backward pass, which computes the rest again.
+            scan_layers: run the transformer blocks that follow one another as a loop over a stacked copy of their
+                weights, which compiles several times faster where they are many (XL's are up to ten). Blocks whose maps
+                are collected, or whose offsets differ in shape, run as without it.
             maps: collects attention maps, `[batch, queries, keys]` each, of the layers it names; those of two streams
                 (`pair`) in one batch.
 
@@ -353,7 +357,8 @@ class UNet2DConditionModel(nnx.Module):
         """
         others = {"hard_context": hard_context, "key_context": key_context}
         others = {name: None if x is None else x.astype(self.dtype) for name, x in others.items()}
-        paths = {"offsets": offsets, **others, "pair": pair, "blend": blend, "remat": remat, "maps": maps}
+        paths = {"offsets": offsets, **others, "pair": pair, "blend": blend, "maps": maps}
+        paths |= {"remat": remat, "scan_layers": scan_layers}
         residuals, h, time, context = self._encode(latents, t, context, added, **paths)
         for block in self.up_blocks:
             h = block(h, residuals, time, context, **paths)
