@@ -222,8 +222,9 @@ class Transformer2DModel(nnx.Module):
         h = h.reshape(h.shape[0], -1, h.shape[-1])
         blocks, maps = list(self.transformer_blocks), {} if maps is None else maps
         records = any(block.attn2.path in maps for block in blocks)
-        stacked = stack_offsets(offsets, [block.path for block in blocks])
-        if scan_layers and len(blocks) > 1 and stacked is not None and not records:
+        alike = scan_layers and len(blocks) > 1 and not records
+        stacked = stack_offsets(offsets, [block.path for block in blocks]) if alike else None
+        if stacked is not None:
             h = _scan_blocks(blocks, h, context, stacked, remat=remat, **paths)
         else:
             for block in blocks:
