@@ -122,14 +122,15 @@ def generate(
         negative_ids = jnp.asarray(tokenizer.encode([negative], placeholders))
     draw = sampling.draw_in_parts if pipeline.memory.in_parts else sampling.generate
 
+    drawn_at_once = min(batch_size, next_power_of_two(len(rows)))
     pictures = []
     with (
         Clock(seconds, "sample", sampling.generate, *sampling.IN_PARTS),
         tqdm(total=len(rows), desc="sampling", unit="picture", disable=quiet or len(rows) <= batch_size) as bar,
     ):
         for start in range(0, len(rows), batch_size):
-            # The last batch is filled up by repeating its rows, so that every batch runs the same program.
-            chosen = np.resize(np.arange(start, min(start + batch_size, len(rows))), min(batch_size, len(rows)))
+            # A batch is filled up by repeating its rows, so that few programs draw any number of pictures.
+            chosen = np.resize(np.arange(start, min(start + batch_size, len(rows))), drawn_at_once)
             request = sampling.Request(
                 jnp.asarray(soft[rows[chosen]]),
                 None if hard is None else jnp.asarray(hard[rows[chosen]]),
@@ -152,6 +153,11 @@ def generate(
         images.reshape(len(prompts), num, *images.shape[1:]),
         {"seconds": seconds, "seed": seed, "guidance": guidance, "blend": blend},
     )
+
+
+def next_power_of_two(count: int) -> int:
+    """The size that arrays of `count` rows are filled up to: every size is a program that has to be compiled."""
+    return 1 << (count - 1).bit_length()
 
 
 def _with_gate(variables: Variables | None, beta: float, tau: float) -> Variables:
@@ -183,10 +189,11 @@ def initial_noise(
     Picture `k` of every prompt has the same.
     """
     shape = (pipeline.side(resolution),) * 2 + (pipeline.base.unet.config.in_channels,)
+    rows = next_power_of_two(num)
 
     def keys(stream: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), stream)
-        return jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(num))
+        return jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(rows))
 
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys(GENERATE))
-    return jnp.tile(noise, (prompts, 1, 1, 1)), jnp.tile(keys(FRESH), prompts)
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys(GENERATE))[:num]
+    return jnp.tile(noise, (prompts, 1, 1, 1)), jnp.tile(keys(FRESH)[:num], prompts)

@@ -113,6 +113,18 @@ def test_one_program_for_every_batch_sampler_and_setting(pipeline, concept, draw
     assert not [record.message for record in caplog.records if "compil" in record.message.lower()]
 
 
+def test_few_programs_draw_any_number_of_pictures(pipeline, concept):
+    """Five to eight pictures are one program, nine are the one of a full batch, and all are the same pictures."""
+    options = {"concept": concept, "batch_size": 8}
+    many = generate(pipeline, PROMPTS[:1], num=8, **options)
+    before = sampling.generate.compilations
+    for num in (5, 6, 7, 9):
+        images = generate(pipeline, PROMPTS[:1], num=num, **options)
+        assert images.shape[:2] == (1, num)
+        np.testing.assert_array_equal(images[:, :8], many[:, :num])
+    assert sampling.generate.compilations == before
+
+
 def test_an_inventory_of_samplers(pipeline, concept, drawn):
     other = generate(pipeline, PROMPTS, concept=concept, sampler="dpm++2m")
     assert far(other, drawn) and other.std() > 5
