@@ -78,13 +78,14 @@ def load(
             pipeline = with_vision(pipeline, vision, dtype=dtype, compute_dtype=compute)
     if memory is None and pipeline.base.text_2 is not None:
         settings = for_xl(settings)
+    pipeline = replace(pipeline, memory=settings)
     if encoder is None and str(model) == TOYWORLD:
         encoder = path.with_name(f"{TOYWORLD}_encoder")
     if encoder is not None:
         pipeline = with_encoder(pipeline, encoder)
     if settings.in_parts:
-        pipeline = replace(pipeline, base=jax.device_get(pipeline.base), encoder=jax.device_get(pipeline.encoder))
-    return replace(pipeline, memory=settings, timings={"load": time.perf_counter() - start})
+        pipeline = replace(pipeline, base=jax.device_get(pipeline.base))
+    return replace(pipeline, timings={"load": time.perf_counter() - start})
 
 
 def stored_dtype(large: bool, target: Target) -> str:
@@ -104,6 +105,8 @@ def with_encoder(pipeline: Pipeline, folder: str | Path) -> Pipeline:
             "--vision, or leave the encoder out"
         )
     found = read_encoder(Path(folder), pipeline.fingerprint, pipeline.vision_fingerprint)
+    if pipeline.memory.in_parts:
+        found = jax.device_get(found)
     tower = pipeline.base.eyes.config
     if (found.config.vision_width, found.config.vision_taps) != (
         tower.hidden_size,

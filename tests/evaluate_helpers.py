@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 def forget():
     """Pipelines and suites are kept for the process; not beyond these tests."""
     yield
-    for kept in (making.open_pipeline, making.open_suite):
+    for kept in (making.open_pipeline, making.open_base, making.open_suite):
         kept.cache_clear()
 
 

@@ -355,6 +355,15 @@ def test_parts_that_are_off_stay_off(model, start, part):  # noqa: F811
         assert concept.nearest_word == "creature"
 
 
+def test_encoders_that_are_compared_share_one_base_model(model):  # noqa: F811
+    setup = Setup("toyworld", instances=2, model=model[1], encoder=model[3])
+    pipeline, another = making.open_pipeline(setup), making.open_pipeline(setup, f"{model[3]}/.")
+    assert another.base is pipeline.base and another.encoder is not pipeline.encoder
+    for index in range(8):
+        making.open_pipeline(setup, model[3] + "/." * (index + 2))
+    assert making.open_pipeline.cache_info().currsize <= 2  # encoders come and go
+
+
 def test_gains_are_those_of_an_entry_where_it_names_some(model):  # noqa: F811
     setup = Setup("toyworld", instances=2, model=model[1], encoder=model[3], draws=2)
     named = ["datencoder", "datencoder:gains=1/1", "datencoder:gains=0/0", "datencoder:gains=0/0,embeddings=off"]

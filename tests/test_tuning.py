@@ -17,6 +17,7 @@ from datencoder_jax.bookkeeping import PERSONALIZE
 from datencoder_jax.diffusion.schedule import alphas_cumprod, stratified_timesteps
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS, datencoder
+from datencoder_jax.models import vae
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates, LowRank, Variables
 
@@ -205,6 +206,25 @@ def test_the_prediction_is_the_mean_over_pictures_and_noise_levels(pipeline):
     ]
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0)[0], *each)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, mean)
+
+
+def test_the_memory_of_a_prediction_does_not_grow_with_its_pictures(pipeline, monkeypatch):
+    """Pictures of 512 px are looked at one by one, and small ones together: here too for the first program."""
+    empty, key = jnp.asarray(pipeline.tokenizer.encode([""])), jax.random.key(0)
+
+    def compile_prediction(count):
+        images = jnp.asarray(np.stack(pictures(count)) / 127.5 - 1.0, jnp.float32)
+        inputs = (pipeline.base, pipeline.encoder, images, empty, key)
+        compiled = jax.jit(datencoder._predict).lower(*inputs).compile()
+        return compiled(*inputs), compiled.memory_analysis().temp_size_in_bytes
+
+    together, _ = compile_prediction(3)
+    monkeypatch.setattr(vae, "_PIXELS", SIDE * SIDE)
+    one_by_one, few = compile_prediction(3)
+    _, many = compile_prediction(12)
+    for own, expected in zip(jax.tree.leaves(one_by_one), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-6)
+    assert many < 1.25 * few, (few, many)
 
 
 def test_no_steps_are_the_prediction(pipeline, predicted):

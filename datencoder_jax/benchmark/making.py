@@ -17,6 +17,7 @@ from datencoder_jax import api
 from datencoder_jax.benchmark.entries import BASE, TUNING, Entry, Row
 from datencoder_jax.benchmark.suites import TOKEN, TOYWORLD, Setup, Subject, Suite
 from datencoder_jax.checkpoints.concept_file import concept_size
+from datencoder_jax.loading import with_encoder
 from datencoder_jax.methods import METHODS
 from datencoder_jax.methods.method import RARE, Method
 from datencoder_jax.methods.method import Setup as Start
@@ -47,12 +48,21 @@ class Made:
     device: str = ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # rows of one encoder follow one another, and a benchmark may compare dozens
 def open_pipeline(setup: Setup, encoder: str | None = None) -> Pipeline:
-    """The base model of a run, with its encoder or another."""
+    """The base model of a run, with its encoder or another; all share the base model's networks."""
+    pipeline = open_base(setup)
+    if encoder is None or encoder == setup.encoder:
+        return pipeline
+    return with_encoder(replace(pipeline, encoder=None, domain=None), encoder)
+
+
+@functools.cache
+def open_base(setup: Setup) -> Pipeline:
+    """The base model of a run with its encoder, loaded once."""
     return api.load(
         setup.model,
-        encoder=encoder or setup.encoder,
+        encoder=setup.encoder,
         vision=setup.vision,
         dtype=setup.dtype,
         compute_dtype=setup.compute_dtype,

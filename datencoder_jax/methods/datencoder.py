@@ -16,6 +16,7 @@ Gains above 1 draw a likeness that a dozen steps reach otherwise, and stand in t
 prompts are lost sooner. The encoder's configuration has them, chosen on development individuals.
 """
 
+import functools
 from typing import cast
 
 import jax
@@ -28,6 +29,7 @@ from datencoder_jax.encoder.features import Seen, extract, vision_features
 from datencoder_jax.methods.lora import zero_offsets
 from datencoder_jax.methods.method import Method, Setup
 from datencoder_jax.models.module import Model
+from datencoder_jax.models.vae import map_in_batches, pictures_at_once
 from datencoder_jax.typing import Condition, Features, LearningRates, LowRank, Variables
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
@@ -97,8 +99,14 @@ def predict_each(
     return encoder(look(base, images, latents, t, noise, empty_ids, patch_taps=encoder.config.patch_taps))
 
 
+def _see_in_batches(base: Base, images: jax.Array, patch_taps: int = 1) -> Seen:
+    """What `see` returns, computed for a few pictures at a time."""
+    function = functools.partial(see, base, patch_taps=patch_taps)
+    return map_in_batches(function, images, pictures_at_once(*images.shape[1:3]))
+
+
 def _encode(base: Base, images: jax.Array) -> jax.Array:
-    return base.vae.bind().to_latents(images)
+    return map_in_batches(base.vae.bind().to_latents, images, pictures_at_once(*images.shape[1:3]))
 
 
 def _mean(
@@ -109,20 +117,29 @@ def _mean(
     empty: Condition,
     key: jax.Array,
 ) -> Variables:
-    """Equation (1), with one clean latent per picture."""
-    each_level = levels(base.schedule.num_train_timesteps)
-    t = jnp.tile(each_level, len(latents))
-    latents = jnp.repeat(latents, len(each_level), axis=0)
-    noise = jax.random.normal(key, latents.shape)
-    each = encoder(_look(base, states, latents, t, noise, empty))
-    return jax.tree.map(lambda x: x.mean(axis=0), each)
+    """Equation (1), with one clean latent per picture, for a few pictures at a time: memory must not grow with them."""
+    timesteps = levels(base.schedule.num_train_timesteps)
+    noise = jax.random.normal(key, (len(latents) * len(timesteps), *latents.shape[1:]))
+
+    def predict_means(pictures: tuple[Seen, jax.Array, jax.Array]) -> Variables:
+        """The mean over its timesteps of each picture."""
+        states, latents, noise = pictures
+        t = jnp.tile(timesteps, len(latents))
+        noisy = jnp.repeat(latents, len(timesteps), axis=0)
+        predicted = encoder(_look(base, states, noisy, t, noise.reshape(noisy.shape), empty))
+        return jax.tree.map(lambda x: x.reshape(len(latents), len(timesteps), *x.shape[1:]).mean(axis=1), predicted)
+
+    height, width = (side * base.vae.config.factor for side in latents.shape[1:3])
+    pictures = (states, latents, noise.reshape(len(latents), len(timesteps), *latents.shape[1:]))
+    means = map_in_batches(predict_means, pictures, pictures_at_once(height, width))
+    return jax.tree.map(lambda x: x.mean(axis=0), means)
 
 
 def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array) -> Variables:
     return _mean(
         base,
         encoder,
-        see(base, images, encoder.config.patch_taps),
+        _see_in_batches(base, images, encoder.config.patch_taps),
         _encode(base, images),
         base.condition(empty_ids),
         key,
@@ -133,7 +150,7 @@ predict = Program("prediction", _predict)
 """`predict(base, encoder, images [k, H, W, 3] in [-1, 1], empty_ids [1, L], key) -> Variables`: equation (1)."""
 
 IN_PARTS = (
-    Program("image features", see, static_argnames=("patch_taps",)),
+    Program("image features", _see_in_batches, static_argnames=("patch_taps",)),
     Program("VAE encoding", _encode),
     Program("text encoding", Base.condition),
     Program("prediction", _mean),

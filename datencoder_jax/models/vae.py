@@ -250,7 +250,7 @@ def pictures_at_once(height: int, width: int) -> int:
     return max(1, _PIXELS // (height * width))
 
 
-def map_in_batches(function: Callable[[jax.Array], Any], rows: jax.Array, size: int) -> Any:
+def map_in_batches(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
     """Calls a function of a batch on at most `size` rows at a time, and joins its results.
 
     `jax.lax.map` with a `batch_size` vectorizes a function of a single row (`vmap`), for which fused attention has no
@@ -258,13 +258,16 @@ def map_in_batches(function: Callable[[jax.Array], Any], rows: jax.Array, size: 
 
     Args:
         function: `[batch, ...]` -> a pytree of arrays `[batch, ...]`.
-        rows: `[n, ...]`.
+        rows: an array `[n, ...]`, or a pytree of such.
         size: rows at a time.
     """
-    size = min(size, len(rows))
-    whole = len(rows) // size * size
-    results = jax.lax.map(function, rows[:whole].reshape(-1, size, *rows.shape[1:]))
+    count = len(jax.tree.leaves(rows)[0])
+    size = min(size, count)
+    whole = count // size * size
+    batches = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), rows)
+    results = jax.lax.map(function, batches)
     results = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), results)
-    if whole < len(rows):
-        results = jax.tree.map(lambda *both: jnp.concatenate(both), results, function(rows[whole:]))
+    if whole < count:
+        rest = function(jax.tree.map(lambda x: x[whole:], rows))
+        results = jax.tree.map(lambda *both: jnp.concatenate(both), results, rest)
     return results
