@@ -95,6 +95,15 @@ one --workdir that all of them see: TPU slices, Slurm, Open MPI and Kubernetes j
   datencoder pretrain ... --coordinator 10.0.0.1:1234 --processes 2 --process 0    # on 10.0.0.1
   datencoder pretrain ... --coordinator 10.0.0.1:1234 --processes 2 --process 1    # on the other machine
 
+The recipes that come with the package, by name or as configs/NAME.py:
+  sd15_laion         a tuning-encoder for Stable Diffusion 1.5 on shards of LAION
+  sd15_paper         the same on the paper's data: ImageNet-1K and Open Images
+  sd21_laion         a tuning-encoder for Stable Diffusion 2.1 at 768 px
+  sdxl_laion         a tuning-encoder for Stable Diffusion XL
+  e4t_faces          E4T for faces on Stable Diffusion 1.5
+  toyworld_vae, toyworld_clip, toyworld_unet, toyworld_encoder, toyworld_e4t, toyworld_judge
+                     the networks of the embedded model
+
 It writes to the work folder:
   checkpoints/        the latest, by step
   metrics.jsonl       losses, rates and scores; tensorboard/ has the same as curves

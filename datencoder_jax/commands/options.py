@@ -415,7 +415,7 @@ def _add_processes(add: Callable) -> None:
 
 
 def _add_recipe(add: Callable, *, required: bool = True) -> None:
-    add("--config", required=required, metavar="RECIPE", help="a recipe, such as those in configs/")
+    add("--config", required=required, metavar="RECIPE", help="a Python file, or the name of a recipe: sd15_laion ...")
     add(
         "--variant",
         choices=("full", "smoke"),

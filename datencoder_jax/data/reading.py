@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.checkpoints.paths import expand_user, find_shipped
 from datencoder_jax.errors import UserError
 
 MIN_SIDE = 8
@@ -52,7 +52,7 @@ def read_image(path: str | Path) -> np.ndarray:
         UserError: there is no such file; it is a folder, empty, no picture, damaged or cut short; it claims more pixels
             than `PIL.Image.MAX_IMAGE_PIXELS`; or it has a side below `MIN_SIDE`.
     """
-    path = expand_user(path)
+    path = find_shipped(expand_user(path), "examples")
     _check_file(path)
     picture, frames = _decode(path, str(path), count_frames=True)
     if frames > 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.checkpoints.paths import expand_user, find_shipped, shipped_files
 from datencoder_jax.errors import UserError
 
 VARIANTS = ("full", "smoke")
@@ -29,7 +29,8 @@ def load_recipe(path: str | Path, variant: str = "full", overrides: Sequence[str
     """The configuration that a recipe gives.
 
     Args:
-        path: a Python file with `get_config(variant) -> ConfigDict`; it may import its neighbours.
+        path: a Python file with `get_config(variant) -> ConfigDict`; it may import its neighbours. Or the name of a
+            recipe that comes with the package, such as "sd15_laion".
         variant: one of `VARIANTS`.
         overrides: changes `KEY=VALUE`, made one after another.
 
@@ -39,16 +40,29 @@ def load_recipe(path: str | Path, variant: str = "full", overrides: Sequence[str
     """
     if variant not in VARIANTS:
         raise UserError(f"There is no variant {variant!r} of a recipe; choose one of {', '.join(VARIANTS)}.")
-    path = expand_user(path)
+    path = find_recipe(expand_user(path))
     config = _run(path, variant)
     for text in overrides:
         _override(config, text, path)
     return config
 
 
+def find_recipe(path: Path) -> Path:
+    """The recipe that comes with the package where `path` is its name ("sd15_laion", "configs/sd15_laion.py")."""
+    if path.exists():
+        return path
+    name = path if path.suffix else path.with_suffix(".py")
+    return find_shipped(name if name.parent.name else Path("configs", name), "configs")
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return [Path(name).stem for name in shipped_files("configs")]
+
+
 def _run(path: Path, variant: str) -> ConfigDict:
     if not path.is_file():
-        raise UserError(f"There is no recipe {path}; the recipes are in configs/.")
+        raise UserError(f"There is no recipe {path}; the package comes with {', '.join(recipe_names())}.")
     folder = str(path.parent.absolute())
     sys.path.append(folder)
     try:
