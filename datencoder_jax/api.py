@@ -12,7 +12,7 @@ import numpy as np
 from datencoder_jax import sampling, tuning
 from datencoder_jax.bookkeeping import FOCUS, PERSONALIZE, Clock, blend_of
 from datencoder_jax.data.images import to_float
-from datencoder_jax.data.reading import fit_square
+from datencoder_jax.data.reading import fit_square, to_images
 from datencoder_jax.drawing import Generated, generate
 from datencoder_jax.errors import UserError
 from datencoder_jax.loading import import_embedding, load, nearest_words, with_lora
@@ -51,10 +51,14 @@ class Personalized:
     concept: Concept
     report: dict[str, Any]
 
+    def __repr__(self) -> str:
+        steps, seconds = self.report["steps"], sum(self.report["seconds"].values())
+        return f"Personalized({self.concept!r}, {self.report['method']}, {steps} steps, {seconds:.1f} s)"
+
 
 def personalize(
     pipeline: Pipeline,
-    images: Sequence[np.ndarray],
+    images: Any,
     *,
     method: str = "datencoder",
     steps: int | None = None,
@@ -65,7 +69,7 @@ def personalize(
     blend: float | None = None,
     seed: int = 0,
     resolution: int | None = None,
-    learning_rates: LearningRates | None = None,
+    learning_rates: LearningRates | tuple[float, float] | None = None,
     config: TuningConfig | None = None,
     initial: Variables | None = None,
     hard_word: str | None = None,
@@ -75,7 +79,7 @@ def personalize(
     """A concept from one or several pictures of it.
 
     Args:
-        images: uint8 `[H, W, 3]` each, of any size; the centre square is used.
+        images: one or several: paths, PIL images or uint8 arrays `[H, W, 3]` of any size; the centre square is used.
         method: one of `methods.METHODS`; those that start at a word need no encoder.
         steps: tuning steps, by default the method's; 0 returns the start or, of the tuning-encoder, its prediction with
             the encoder's gains.
@@ -102,8 +106,9 @@ def personalize(
         raise UserError(f"method {method!r} is not known; choose one of: {', '.join(METHODS)}")
     chosen = METHODS[method].with_options(method, options)
     steps = chosen.steps if steps is None else steps
-    rates = learning_rates or chosen.rates
-    if not len(images):
+    rates = chosen.rates if learning_rates is None else _learning_rates(learning_rates)
+    images = to_images(images)
+    if not images:
         raise UserError("no picture was given")
     if steps < 0:
         raise UserError(f"steps must be 0 or more, not {steps}")
@@ -282,6 +287,23 @@ def _setup(
     return Setup(pipeline, pictures, ids, key, rank, quiet, class_tokens=class_tokens)
 
 
+def _learning_rates(rates: Any) -> LearningRates:
+    """The learning rates of embeddings and offsets from any pair of numbers.
+
+    Raises:
+        UserError: it is no such pair.
+    """
+    if isinstance(rates, LearningRates):
+        return rates
+    try:
+        embeddings, offsets = (float(rate) for rate in rates)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the learning rates must be two numbers, of the embedding and of the offsets, not {rates!r}"
+        ) from error
+    return LearningRates(embeddings, offsets)
+
+
 def _no_encoder(pipeline: Pipeline, method: str, kind: str) -> str:
     """What is said where a method has no encoder of its kind to start from."""
     if kind == "domain":
@@ -316,6 +338,6 @@ def prepare(pipeline: Pipeline, images: Sequence[np.ndarray], resolution: int | 
     for image in images:
         shape = np.shape(image)
         if getattr(image, "dtype", None) != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-            raise UserError("pictures must be a list of uint8 arrays [H, W, 3], such as `read_image` returns")
+            raise UserError("pictures must be paths, PIL images or uint8 arrays [H, W, 3]")
     side = pipeline.side(resolution) * pipeline.base.vae.config.factor
     return to_float(np.stack([fit_square(image, side) for image in images]))

@@ -1,8 +1,10 @@
 """Prompts to pictures, with concepts or without: `generate`."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +16,10 @@ from datencoder_jax import sampling
 from datencoder_jax.base import Base
 from datencoder_jax.bookkeeping import FRESH, GENERATE, Clock, blend_of
 from datencoder_jax.composition import Composition, compose
+from datencoder_jax.data.images import grid
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
+from datencoder_jax.loading import load_concept_for
 from datencoder_jax.models.edits import follows_class
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prompts import check_prompts, placeholder
@@ -34,12 +38,23 @@ class Generated:
     images: np.ndarray
     report: dict[str, Any]
 
+    def __repr__(self) -> str:
+        prompts, num, height, width, _ = self.images.shape
+        return f"Generated({num} of each of {prompts} prompts, {width}x{height} pixels, seed {self.report['seed']})"
+
+    def _repr_png_(self) -> bytes:
+        """The pictures in a notebook, one row for each prompt; small ones are enlarged."""
+        rows = self.images.reshape(-1, *self.images.shape[2:])
+        content = io.BytesIO()
+        grid(rows, self.images.shape[1], scale=max(1, 128 // self.images.shape[2])).save(content, "PNG")
+        return content.getvalue()
+
 
 def generate(
     pipeline: Pipeline,
     prompts: Sequence[str],
     *,
-    concept: Concept | Sequence[Concept] | None = None,
+    concept: Any = None,
     weights: Sequence[float] | None = None,
     num: int = 4,
     seed: int = 0,
@@ -57,7 +72,8 @@ def generate(
 
     Args:
         prompts: texts; with concepts each must contain the placeholder of at least one.
-        concept: one or several; those that come from `import_embedding` too.
+        concept: one or several: concepts, results of `personalize`, or paths of concept files; those that come from
+            `import_embedding` too.
         weights: of the concepts' weight offsets, 1 for each by default.
         num: pictures per prompt.
         seed: the same seed gives the same pictures on the same machine, whatever else is asked for beside them.
@@ -76,7 +92,7 @@ def generate(
         UserError: a bad prompt or option, concepts of another base model, two with one placeholder, or a picture that
             is not finite.
     """
-    concepts = [concept] if isinstance(concept, Concept) else list(concept or ())
+    concepts = _to_concepts(pipeline, concept)
     for each in concepts:
         if each.fingerprint != pipeline.fingerprint:
             raise UserError(f"the concept was made for {each.base}, not for {pipeline.name}")
@@ -158,6 +174,28 @@ def generate(
 def next_power_of_two(count: int) -> int:
     """The size that arrays of `count` rows are filled up to: every size is a program that has to be compiled."""
     return 1 << (count - 1).bit_length()
+
+
+def _to_concepts(pipeline: Pipeline, concepts: Any) -> list[Concept]:
+    """Concepts as people have them in Python: one or several, each itself, a result of `personalize`, or a file."""
+    if concepts is None:
+        return []
+    if isinstance(concepts, str | Path | Concept) or isinstance(getattr(concepts, "concept", None), Concept):
+        concepts = [concepts]
+    if not isinstance(concepts, Iterable):
+        raise UserError(
+            f"a concept must be a concept, a result of personalize or a path, not {type(concepts).__name__}"
+        )
+    return [_to_concept(pipeline, concept) for concept in concepts]
+
+
+def _to_concept(pipeline: Pipeline, concept: Any) -> Concept:
+    if isinstance(concept, str | Path):
+        return load_concept_for(pipeline, concept)
+    concept = getattr(concept, "concept", concept)
+    if not isinstance(concept, Concept):
+        raise UserError(f"a concept must be a concept, a result of personalize or a path, not {type(concept).__name__}")
+    return concept
 
 
 def _with_gate(variables: Variables | None, beta: float, tau: float) -> Variables:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax import tuning
+from datencoder_jax.checkpoints.concept_file import load_concept
 from datencoder_jax.checkpoints.embedding_files import read_embedding
 from datencoder_jax.checkpoints.encoder_folder import read_encoder
 from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
@@ -124,6 +125,24 @@ def with_encoder(pipeline: Pipeline, folder: str | Path) -> Pipeline:
     if {path: (inputs, outputs) for path, inputs, outputs in found.config.inventory} not in (shapes, {}):
         raise UserError(f"the tuning-encoder in {folder} does not fill this model's attention projections")
     return replace(pipeline, encoder=found)
+
+
+def load_concept_for(pipeline: Pipeline, path: str | Path) -> Concept:
+    """The concept in a file, which has to be one of this base model.
+
+    Raises:
+        UserError: as `checkpoints.concept_file.load_concept`, or the model was loaded to predict something else than
+            when the concept was made.
+    """
+    width = int(pipeline.base.table.shape[1])
+    shapes = attention_shapes(pipeline.base.unet)
+    concept = load_concept(path, pipeline.fingerprint, shapes, base=pipeline.name, width=width)
+    prediction_type = concept.metadata.get("prediction_type")
+    if prediction_type and prediction_type != pipeline.base.schedule.prediction_type:
+        raise UserError(
+            f"{path} was made with the model predicting {prediction_type}; add --prediction-type {prediction_type}."
+        )
+    return concept
 
 
 def on_host():

@@ -65,6 +65,13 @@ class Pipeline:
     memory: Memory = field(default_factory=Memory)
     timings: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        encoders = [name for name in ("encoder", "domain") if getattr(self, name) is not None]
+        return (
+            f"Pipeline({self.name}, {self.resolution} pixels, weights in {self.dtype}, "
+            f"{' and '.join(encoders) or 'no encoder'})"
+        )
+
     @property
     def dtype(self) -> str:
         """How its frozen weights are stored."""

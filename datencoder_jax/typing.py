@@ -158,6 +158,13 @@ class Concept:
     gate: Gate | None = None
     reader: Reader | None = None
 
+    def __repr__(self) -> str:
+        count, width = self.embeddings.shape
+        return (
+            f"Concept({self.token!r} for {self.base}, near {self.nearest_word!r}: {count} x {width} embeddings, "
+            f"{len(self.offsets)} weight offsets, blend {self.blend:g})"
+        )
+
     @property
     def placeholders(self) -> dict[str, int]:
         """How many vectors each placeholder stands for."""

@@ -66,15 +66,9 @@ def read_concept(file: str, pipeline: Pipeline | None = None) -> Concept:
 
     if pipeline is None:
         return load_concept(file)
-    from datencoder_jax.pipeline import attention_shapes
+    from datencoder_jax.loading import load_concept_for
 
-    width = int(pipeline.base.table.shape[1])
-    shapes = attention_shapes(pipeline.base.unet)
-    concept = load_concept(file, pipeline.fingerprint, shapes, base=pipeline.name, width=width)
-    said = concept.metadata.get("prediction_type")
-    if said and said != pipeline.base.schedule.prediction_type:
-        raise UserError(f"{file} was made with the model predicting {said}; add --prediction-type {said}.")
-    return concept
+    return load_concept_for(pipeline, file)
 
 
 def load_base_of(args: Namespace, file: str, concept: Concept, option: str = "--model") -> Pipeline:

@@ -7,8 +7,10 @@ import io
 import logging
 import threading
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -58,6 +60,32 @@ def read_image(path: str | Path) -> np.ndarray:
     if frames > 1:
         _log.warning("%s holds %d pictures (an animation or pages); the first one is used.", path, frames)
     return np.array(picture)
+
+
+def to_images(pictures: Any) -> list[Any]:
+    """Pictures as people have them in Python, as uint8 arrays `[H, W, 3]`.
+
+    Args:
+        pictures: one or several: paths, PIL images or arrays. Arrays are returned as they are.
+
+    Raises:
+        UserError: a file or PIL image that cannot be used, or something else than pictures.
+    """
+    if isinstance(pictures, str | Path | Image.Image) or getattr(pictures, "ndim", None) == 3:
+        pictures = [pictures]
+    if not isinstance(pictures, Iterable):
+        raise UserError(f"pictures must be paths, PIL images or uint8 arrays [H, W, 3], not {type(pictures).__name__}")
+    return [_to_array(picture) for picture in pictures]
+
+
+def _to_array(picture: Any) -> Any:
+    if isinstance(picture, str | Path):
+        return read_image(picture)
+    if not isinstance(picture, Image.Image):
+        return picture
+    name = getattr(picture, "filename", "") or "the picture"
+    _check_size(name, picture)
+    return np.array(_rgb(name, _upright(picture.copy())))
 
 
 def decode(content: bytes, name: str, *, least: int = 0) -> Image.Image:
