@@ -23,7 +23,7 @@ from flax import nnx
 
 from datencoder_jax.models.config import ConfigMixin
 from datencoder_jax.models.dot_product_attention import attend
-from datencoder_jax.models.layers import LayerNorm, timestep_features
+from datencoder_jax.models.layers import LayerNorm, linear, timestep_features
 from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.typing import Features, LowRank, Variables
 
@@ -92,13 +92,13 @@ class _Block(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
         common = {"dtype": dtype, "rngs": rngs}
         self.norm_cross, self.norm_self, self.norm_mlp = (LayerNorm(width, epsilon=1e-5, **common) for _ in range(3))
-        self.cross_q = nnx.Linear(width, width, **common)
-        self.cross_kv = nnx.Linear(width, 2 * width, **common)
-        self.cross_out = nnx.Linear(width, width, **common)
-        self.self_qkv = nnx.Linear(width, 3 * width, **common)
-        self.self_out = nnx.Linear(width, width, **common)
-        self.mlp_in = nnx.Linear(width, 4 * width, **common)
-        self.mlp_out = nnx.Linear(4 * width, width, **common)
+        self.cross_q = linear(width, width, **common)
+        self.cross_kv = linear(width, 2 * width, **common)
+        self.cross_out = linear(width, width, **common)
+        self.self_qkv = linear(width, 3 * width, **common)
+        self.self_out = linear(width, width, **common)
+        self.mlp_in = linear(width, 4 * width, **common)
+        self.mlp_out = linear(4 * width, width, **common)
         self.heads = heads
 
     def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
@@ -143,25 +143,24 @@ class TuningEncoder(nnx.Module):
         normal = nnx.initializers.normal
         seen = config.vision_width
         if "classes" in config.sees:
-            self.class_proj = nnx.List(nnx.Linear(seen, width, **common) for _ in range(config.vision_taps))
+            self.class_proj = nnx.List(linear(seen, width, **common) for _ in range(config.vision_taps))
         if "patches" in config.sees:
-            self.patch_proj = nnx.Linear(seen, width, **common)
-            self.early_patch_proj = nnx.List(nnx.Linear(seen, width, **common) for _ in range(config.patch_taps - 1))
+            self.patch_proj = linear(seen, width, **common)
+            self.early_patch_proj = nnx.List(linear(seen, width, **common) for _ in range(config.patch_taps - 1))
         if "denoiser" in config.sees:
             self.denoiser_norm = LayerNorm(config.denoiser_width, epsilon=1e-5, **common)
-            self.denoiser_proj = nnx.Linear(config.denoiser_width, width, **common)
-        self.time_proj = nnx.Linear(width, width, **common)
+            self.denoiser_proj = linear(config.denoiser_width, width, **common)
+        self.time_proj = linear(width, width, **common)
         self.norm_memory = LayerNorm(width, epsilon=1e-5, **common)
         self.queries = nnx.Param(normal(0.02)(rngs.params(), (1 + len(config.inventory), width)))
         self.blocks = nnx.List(_Block(width, config.heads, **common) for _ in range(config.depth))
         self.norm_out = LayerNorm(width, epsilon=1e-5, **common)
-        self.token_head = nnx.Linear(width, config.embedding_dim, kernel_init=normal(0.02), **common)
+        self.token_head = linear(width, config.embedding_dim, kernel_init=normal(0.02), **common)
         self.down_heads = nnx.List(
-            nnx.Linear(width, rank * inputs, kernel_init=normal(1.0), **common) for inputs, _ in config.shapes
+            linear(width, rank * inputs, kernel_init=normal(1.0), **common) for inputs, _ in config.shapes
         )
         self.up_heads = nnx.List(
-            nnx.Linear(width, rank * outputs, kernel_init=nnx.initializers.zeros, **common)
-            for _, outputs in config.shapes
+            linear(width, rank * outputs, kernel_init=nnx.initializers.zeros, **common) for _, outputs in config.shapes
         )
         self.anchors = _Anchors(config, rngs=rngs) if config.anchors else None
         self.config = config

@@ -24,7 +24,7 @@ from datencoder_jax.checkpoints.folders import read_component
 from datencoder_jax.checkpoints.layouts import to_torch_layout
 from datencoder_jax.data.images import to_float
 from datencoder_jax.models.config import ConfigMixin
-from datencoder_jax.models.layers import GroupNorm, conv3x3
+from datencoder_jax.models.layers import GroupNorm, conv, conv3x3, linear
 from datencoder_jax.models.module import Model, abstract_params
 from datencoder_jax.runtime.precision import exact_products
 from datencoder_jax.toyworld.dataset import LABELS
@@ -84,24 +84,24 @@ class Judge(nnx.Module):
     def __init__(self, config: JudgeConfig, *, dtype, rngs: nnx.Rngs):
         make = {"dtype": dtype, "rngs": rngs}
         first, top = config.widths[0], config.widths[-1]
-        convs = [nnx.Conv(3, first, (4, 4), strides=2, padding=1, **make), conv3x3(first, first, **make)]
+        convs = [conv(3, first, (4, 4), strides=2, padding=1, **make), conv3x3(first, first, **make)]
         for before, after in zip(config.widths, config.widths[1:], strict=False):
             convs += [conv3x3(before, after, stride=2, **make), conv3x3(after, after, **make)]
         self.convs = nnx.List(convs)
         self.norms = nnx.List(
             [GroupNorm(c.out_features, groups=config.norm_num_groups, epsilon=1e-5, **make) for c in convs]
         )
-        self.hidden = nnx.Linear(2 * top, top, **make)
-        self.embedding = nnx.Linear(top, config.embedding, **make)
+        self.hidden = linear(2 * top, top, **make)
+        self.embedding = linear(top, config.embedding, **make)
         self.probes = nnx.Dict(
-            {name: nnx.Linear(2 * top, n, **make) for name, n in zip(config.labels, config.sizes, strict=True)}
+            {name: linear(2 * top, n, **make) for name, n in zip(config.labels, config.sizes, strict=True)}
         )
 
     def __call__(self, images: Images) -> Verdict:
         """The verdict on `images`."""
         x = images
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.silu(norm(conv(x)))
+        for convolution, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.nn.silu(norm(convolution(x)))
         h = jnp.concatenate([x.mean(axis=(1, 2)), x.max(axis=(1, 2))], axis=-1)
         e = self.embedding(jax.nn.silu(self.hidden(h))).astype(jnp.float32)
         unit = e / (jnp.linalg.norm(e, axis=-1, keepdims=True) + 1e-6)

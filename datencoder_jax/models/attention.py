@@ -29,7 +29,7 @@ from flax import nnx
 
 from datencoder_jax.models.dot_product_attention import attend, attention_scores
 from datencoder_jax.models.edits import Ready, apply, stack_offsets
-from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1, recompute_in_gradient
+from datencoder_jax.models.layers import GroupNorm, LayerNorm, activation, conv1x1, linear, recompute_in_gradient
 
 Maps = dict[str, jax.Array | None]
 """What collects the attention maps `[batch, queries, keys]` of the soft path in the layers that it names: a layer puts
@@ -61,10 +61,10 @@ class Attention(nnx.Module):
     def __init__(self, width: int, context_width: int | None, heads: int, head_dim: int, *, path: str, dtype, rngs):
         inner = heads * head_dim
         source = width if context_width is None else context_width
-        self.to_q = nnx.Linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_k = nnx.Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v = nnx.Linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(inner, width, dtype=dtype, rngs=rngs)])
+        self.to_q = linear(width, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k = linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v = linear(source, inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([linear(inner, width, dtype=dtype, rngs=rngs)])
         self.heads, self.path = heads, path
 
     def __call__(
@@ -122,7 +122,7 @@ class _GEGLU(nnx.Module):
     """`x -> a gelu(g)` with `[a, g] = x W + b` (Shazeer 2020)."""
 
     def __init__(self, width: int, inner: int, *, dtype, rngs: nnx.Rngs):
-        self.proj, self.dtype = nnx.Linear(width, 2 * inner, dtype=dtype, rngs=rngs), dtype
+        self.proj, self.dtype = linear(width, 2 * inner, dtype=dtype, rngs=rngs), dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         def gated(projected: jax.Array) -> jax.Array:
@@ -143,7 +143,7 @@ class _FeedForward(nnx.Module):
     def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
         inner = 4 * width
         self.net = nnx.List(
-            [_GEGLU(width, inner, dtype=dtype, rngs=rngs), _Gap(), nnx.Linear(inner, width, dtype=dtype, rngs=rngs)]
+            [_GEGLU(width, inner, dtype=dtype, rngs=rngs), _Gap(), linear(inner, width, dtype=dtype, rngs=rngs)]
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -178,7 +178,7 @@ class Transformer2DModel(nnx.Module):
     """Transformer blocks over the pixels of a feature map, with a residual around them.
 
     Args:
-        linear: project in and out by linear layers (Stable Diffusion 2.x) instead of 1x1 convolutions (1.x).
+        linear_projection: project in and out by linear layers (Stable Diffusion 2.x) instead of 1x1 convolutions (1.x).
     """
 
     def __init__(
@@ -189,13 +189,13 @@ class Transformer2DModel(nnx.Module):
         *,
         depth: int,
         groups: int,
-        linear: bool,
+        linear_projection: bool,
         path: str,
         dtype,
         rngs,
     ):
         common = {"dtype": dtype, "rngs": rngs}
-        project = nnx.Linear if linear else conv1x1
+        project = linear if linear_projection else conv1x1
         self.norm = GroupNorm(width, groups=groups, epsilon=1e-6, **common)
         self.proj_in = project(width, width, **common)
         self.transformer_blocks = nnx.List(

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from datencoder_jax.models.dot_product_attention import attend
-from datencoder_jax.models.layers import LayerNorm, activation
+from datencoder_jax.models.layers import LayerNorm, activation, linear
 
 
 class TowerConfig(Protocol):
@@ -42,10 +42,10 @@ def embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
 class _Attention(nnx.Module):
     def __init__(self, config: TowerConfig, *, causal: bool, dtype, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.q_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.q_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_proj = linear(width, width, dtype=dtype, rngs=rngs)
         self.heads, self.causal = config.num_attention_heads, causal
 
     def __call__(self, h: jax.Array) -> jax.Array:
@@ -57,8 +57,8 @@ class _Attention(nnx.Module):
 
 class _MLP(nnx.Module):
     def __init__(self, config: TowerConfig, *, dtype, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.act = activation(config.hidden_act)
 
     def __call__(self, h: jax.Array) -> jax.Array:

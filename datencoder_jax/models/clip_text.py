@@ -18,7 +18,7 @@ from flax import nnx
 
 from datencoder_jax.models.clip import CLIPEncoder, embedding
 from datencoder_jax.models.config import ConfigMixin
-from datencoder_jax.models.layers import LayerNorm
+from datencoder_jax.models.layers import LayerNorm, linear
 
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 """The parameter `E`, `[vocabulary, d]`."""
@@ -114,7 +114,7 @@ class CLIPTextModel(nnx.Module):
         common = {"dtype": dtype, "rngs": rngs}
         self.text_model = _TextTransformer(config, **common)
         self.text_projection = (
-            nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, **common)
+            linear(config.hidden_size, config.projection_dim, use_bias=False, **common)
             if config.with_projection
             else None
         )

@@ -15,7 +15,7 @@ from flax import nnx
 
 from datencoder_jax.models.clip import CLIPEncoder, embedding
 from datencoder_jax.models.config import ConfigMixin
-from datencoder_jax.models.layers import LayerNorm
+from datencoder_jax.models.layers import LayerNorm, conv, linear
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _VisionEmbeddings(nnx.Module):
         common = {"dtype": dtype, "rngs": rngs}
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,), jnp.float32))
-        self.patch_embedding = nnx.Conv(
+        self.patch_embedding = conv(
             config.num_channels, width, (patch, patch), strides=patch, padding="VALID", use_bias=False, **common
         )
         self.position_embedding = embedding(1 + config.patches, width, **common)
@@ -109,7 +109,7 @@ class CLIPVisionModel(nnx.Module):
         common = {"dtype": dtype, "rngs": rngs}
         self.vision_model = _VisionTransformer(config, **common)
         self.visual_projection = (
-            nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, **common)
+            linear(config.hidden_size, config.projection_dim, use_bias=False, **common)
             if config.with_projection
             else None
         )

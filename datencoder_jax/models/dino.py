@@ -28,7 +28,7 @@ from flax import nnx
 
 from datencoder_jax.models.config import ConfigMixin
 from datencoder_jax.models.dot_product_attention import attend
-from datencoder_jax.models.layers import LayerNorm, activation
+from datencoder_jax.models.layers import LayerNorm, activation, conv, linear
 
 _SHARPNESS = -0.75
 """`a` of equations (5) and (6)."""
@@ -71,7 +71,7 @@ class DINOOutput(NamedTuple):
 class _PatchEmbeddings(nnx.Module):
     def __init__(self, config: DINOConfig, *, dtype, rngs: nnx.Rngs):
         patch = (config.patch_size, config.patch_size)
-        self.projection = nnx.Conv(
+        self.projection = conv(
             3, config.hidden_size, patch, strides=config.patch_size, padding="VALID", dtype=dtype, rngs=rngs
         )
 
@@ -126,9 +126,9 @@ class _SelfAttention(nnx.Module):
         width, common = config.hidden_size, {"use_bias": config.qkv_bias, "dtype": dtype, "rngs": rngs}
         if width % config.num_attention_heads:
             raise ValueError(f"{config.num_attention_heads} heads do not divide a width of {width}")
-        self.query = nnx.Linear(width, width, **common)
-        self.key = nnx.Linear(width, width, **common)
-        self.value = nnx.Linear(width, width, **common)
+        self.query = linear(width, width, **common)
+        self.key = linear(width, width, **common)
+        self.value = linear(width, width, **common)
         self.heads = config.num_attention_heads
 
     def __call__(self, h: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ class _Dense(nnx.Module):
     """A linear layer by the name that the files give it."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.dense = linear(inputs, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, h: jax.Array) -> jax.Array:
         return self.dense(h)

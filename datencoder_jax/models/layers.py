@@ -11,9 +11,11 @@ around in both directions and its inputs and outputs exchanged,
     dL/dx = conv(dL/dy, k')                                                                 (2)
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -101,15 +103,40 @@ def _same_conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **de
     return same_conv(x, kernel)
 
 
+_draws_nothing = contextvars.ContextVar("draws_nothing", default=False)
+
+
+@contextlib.contextmanager
+def without_draws() -> Iterator[None]:
+    """Within it kernels of new modules are zeros, for those who want their shapes: tracing random draws takes longer
+    than all else that constructs a network."""
+    token = _draws_nothing.set(True)
+    try:
+        yield
+    finally:
+        _draws_nothing.reset(token)
+
+
+def _init_kernel(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Flax's default, LeCun's normal distribution."""
+    return jnp.zeros(shape, dtype) if _draws_nothing.get() else nnx.initializers.lecun_normal()(key, shape, dtype)
+
+
+linear = functools.partial(nnx.Linear, kernel_init=_init_kernel)
+"""A linear layer, as `nnx.Linear`."""
+conv = functools.partial(nnx.Conv, kernel_init=_init_kernel)
+"""A convolution, as `nnx.Conv`."""
+
+
 def conv3x3(inputs: int, outputs: int, *, stride: int = 1, dtype, rngs: nnx.Rngs) -> nnx.Conv:
     """A 3x3 convolution with one pixel of zero padding."""
     own: dict[str, Any] = {"conv_general_dilated": _same_conv} if stride == 1 else {}
-    return nnx.Conv(inputs, outputs, (3, 3), strides=stride, padding=1, dtype=dtype, rngs=rngs, **own)
+    return conv(inputs, outputs, (3, 3), strides=stride, padding=1, dtype=dtype, rngs=rngs, **own)
 
 
 def conv1x1(inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
     """A 1x1 convolution."""
-    return nnx.Conv(inputs, outputs, (1, 1), dtype=dtype, rngs=rngs, conv_general_dilated=_same_conv)
+    return conv(inputs, outputs, (1, 1), dtype=dtype, rngs=rngs, conv_general_dilated=_same_conv)
 
 
 def recompute_in_gradient(function: Callable[[jax.Array], jax.Array], dtype: Any) -> Callable[[jax.Array], jax.Array]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from datencoder_jax.models.layers import without_draws
 from datencoder_jax.typing import Params
 
 _PUBLIC_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -41,7 +42,8 @@ def _structure(
     kind: type, config: Any, dtype: str
 ) -> tuple[nnx.GraphDef, dict[str, tuple], dict[str, jax.ShapeDtypeStruct]]:
     """The graph definition, `public name -> state path`, and abstract parameters, without allocating any."""
-    module = nnx.eval_shape(lambda: kind(config, dtype=jnp.dtype(dtype), rngs=_SameKey()))
+    with without_draws():
+        module = nnx.eval_shape(lambda: kind(config, dtype=jnp.dtype(dtype), rngs=_SameKey()))
     graphdef, state = nnx.split(module)
     flat = dict(nnx.to_flat_state(state))
     paths = {_public_name(path): path for path in flat}

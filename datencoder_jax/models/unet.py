@@ -26,6 +26,7 @@ from datencoder_jax.models.layers import (
     activation,
     conv1x1,
     conv3x3,
+    linear,
     timestep_features,
     upsample_nearest,
 )
@@ -127,7 +128,7 @@ class ResnetBlock2D(nnx.Module):
         common = {"dtype": dtype, "rngs": rngs}
         self.norm1 = GroupNorm(inputs, groups=groups, epsilon=epsilon, **common)
         self.conv1 = conv3x3(inputs, outputs, **common)
-        self.time_emb_proj = nnx.Linear(time_width, outputs, **common) if time_width else None
+        self.time_emb_proj = linear(time_width, outputs, **common) if time_width else None
         self.norm2 = GroupNorm(outputs, groups=groups, epsilon=epsilon, **common)
         self.conv2 = conv3x3(outputs, outputs, **common)
         self.conv_shortcut = conv1x1(inputs, outputs, **common) if inputs != outputs else None
@@ -199,7 +200,7 @@ class _Stage(nnx.Module):
                 config.heads(level),
                 depth=config.depth(level),
                 groups=config.norm_num_groups,
-                linear=config.use_linear_projection,
+                linear_projection=config.use_linear_projection,
                 path=f"{path}.attentions.{i}",
                 **common,
             )
@@ -281,8 +282,8 @@ class TimestepEmbedding(nnx.Module):
     """Two linear layers on the sinusoidal timestep features."""
 
     def __init__(self, inputs: int, width: int, *, act: str, dtype, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(inputs, width, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.linear_1 = linear(inputs, width, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(width, width, dtype=dtype, rngs=rngs)
         self.act, self.dtype = activation(act), dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

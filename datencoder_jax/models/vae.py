@@ -16,7 +16,7 @@ from flax import nnx
 
 from datencoder_jax.models.config import ConfigMixin
 from datencoder_jax.models.dot_product_attention import attend
-from datencoder_jax.models.layers import GroupNorm, activation, conv1x1, conv3x3
+from datencoder_jax.models.layers import GroupNorm, activation, conv, conv1x1, conv3x3, linear
 from datencoder_jax.models.unet import ResnetBlock2D, Upsample2D
 from datencoder_jax.runtime.precision import exact_products
 
@@ -72,10 +72,10 @@ class _VAEAttention(nnx.Module):
     def __init__(self, channels: int, *, groups: int, dtype, rngs: nnx.Rngs):
         common = {"dtype": dtype, "rngs": rngs}
         self.group_norm = GroupNorm(channels, groups=groups, epsilon=1e-6, **common)
-        self.to_q = nnx.Linear(channels, channels, **common)
-        self.to_k = nnx.Linear(channels, channels, **common)
-        self.to_v = nnx.Linear(channels, channels, **common)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, **common)])
+        self.to_q = linear(channels, channels, **common)
+        self.to_k = linear(channels, channels, **common)
+        self.to_v = linear(channels, channels, **common)
+        self.to_out = nnx.List([linear(channels, channels, **common)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
@@ -87,7 +87,7 @@ class _AsymmetricDownsample(nnx.Module):
     """A 3x3 convolution of stride 2, zero-padded on the right and below only."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
+        self.conv = conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
