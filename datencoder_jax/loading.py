@@ -2,7 +2,8 @@
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from datencoder_jax.checkpoints.concept_file import load_concept
 from datencoder_jax.checkpoints.embedding_files import read_embedding
 from datencoder_jax.checkpoints.encoder_folder import read_encoder
 from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
-from datencoder_jax.checkpoints.lora_files import layer_shapes, merged, read_lora
-from datencoder_jax.checkpoints.lora_names import TEXT_ENCODER, TEXT_ENCODER_2
+from datencoder_jax.checkpoints.kernels import open_kernels
+from datencoder_jax.checkpoints.lora_files import layer_shapes, merged, read_lora, scaled, summed
+from datencoder_jax.checkpoints.lora_names import TEXT_ENCODER, TEXT_ENCODER_2, split
 from datencoder_jax.encoder.domain_encoder import DomainConfig
 from datencoder_jax.encoder.features import tapped_layers
 from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, choose, for_xl
+from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
 from datencoder_jax.runtime.target import Target, current_target
-from datencoder_jax.typing import AnyArray, Concept
+from datencoder_jax.typing import AnyArray, Concept, LowRank
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored."""
@@ -162,7 +165,8 @@ def with_lora(pipeline: Pipeline, path: str | Path, weight: float = 1.0) -> Pipe
     """The pipeline with a LoRA of another program (diffusers, PEFT, kohya) in its weights, the text encoders' included.
 
     Both paths are drawn with them, concepts of the pipeline stay its concepts, and several LoRAs add up. The weights
-    keep their type: in half precision the sum is rounded.
+    keep their type. In half precision the model's weights, as precise as its files have them, and the changes of all
+    LoRAs are summed in float32, and the sum is rounded once.
 
     Args:
         path: a safetensors file, or a folder that diffusers or PEFT saved one in.
@@ -178,20 +182,56 @@ def with_lora(pipeline: Pipeline, path: str | Path, weight: float = 1.0) -> Pipe
     if base.text_2 is not None:
         networks[TEXT_ENCODER_2] = base.text_2
     params = {f"{prefix}{name}": value for prefix, model in networks.items() for name, value in model.params.items()}
-    for layer, change in read_lora(path, layer_shapes(params), base=pipeline.name).items():
-        kernel = params[f"{layer}.weight"]
-        result = merged(kernel, change, weight)
-        if not np.isfinite(result).all():
-            raise UserError(
-                f"with {path} at weight {weight:g}, {layer} holds values too large for {result.dtype}; use a smaller "
-                "weight or another dtype"
-            )
-        params[f"{layer}.weight"] = _like(kernel, result)
+    changes = read_lora(path, layer_shapes(params), base=pipeline.name)
+    loras = dict(pipeline.loras)
+    with ExitStack() as stack:
+        originals = {prefix: stack.enter_context(_originals(pipeline, prefix, networks[prefix])) for prefix in networks}
+        for layer, change in changes.items():
+            kernel, change = params[f"{layer}.weight"], scaled(change, weight)
+            result = _changed(kernel, pipeline.loras.get(layer), change, _original(originals, layer))
+            if not np.isfinite(result).all():
+                raise UserError(
+                    f"with {path} at weight {weight:g}, {layer} holds values too large for {result.dtype}; use a "
+                    "smaller weight or another dtype"
+                )
+            params[f"{layer}.weight"] = _like(kernel, result)
+            loras[layer] = summed(loras.get(layer), change)
     unet, text, *text_2 = (
         model.with_params({name: params[f"{prefix}{name}"] for name in model.params})
         for prefix, model in networks.items()
     )
-    return replace(pipeline, base=replace(base, unet=unet, text=text, text_2=text_2[0] if text_2 else None))
+    base = replace(base, unet=unet, text=text, text_2=text_2[0] if text_2 else None)
+    return replace(pipeline, base=base, loras=loras)
+
+
+@contextmanager
+def _originals(pipeline: Pipeline, prefix: str, model: Model) -> Iterator[Mapping[str, np.ndarray]]:
+    """The weights of a network in the files it was rounded from; none where it was not, or they are gone."""
+    with ExitStack() as stack:
+        kernels: Mapping[str, np.ndarray] = {}
+        if pipeline.source is not None:
+            with suppress(UserError):
+                kernels = stack.enter_context(open_kernels(pipeline.source, prefix.rstrip(".") or "unet", model))
+        yield kernels
+
+
+def _original(originals: Mapping[str, Mapping[str, np.ndarray]], layer: str) -> np.ndarray | None:
+    """The layer's weights in the files; None where they are not there."""
+    network, module = split(layer)
+    kernels = originals["" if network == "unet" else f"{network}."]
+    try:
+        return kernels.get(f"{module}.weight")
+    except UserError:  # the file has changed since
+        return None
+
+
+def _changed(kernel: AnyArray, before: LowRank | None, change: LowRank, original: np.ndarray | None) -> np.ndarray:
+    """A layer's weights with one more change, rounded once where `kernel` is what `original` and `before` round to."""
+    if original is not None:
+        now = original.astype(kernel.dtype) if before is None else merged(original, before, kernel.dtype)
+        if np.array_equal(now, np.asarray(kernel)):
+            return merged(original, summed(before, change), kernel.dtype)
+    return merged(kernel, change, kernel.dtype)
 
 
 def _like(wanted: AnyArray, array: np.ndarray) -> Any:

@@ -1,5 +1,6 @@
 """A base model in memory: its networks, its tokenizer and its noise schedule."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -14,6 +15,7 @@ from datencoder_jax.checkpoints.folders import read_base
 from datencoder_jax.checkpoints.hub import DEFAULTS, resolve_vision
 from datencoder_jax.checkpoints.identity import Traits, part_fingerprint
 from datencoder_jax.checkpoints.parts import BaseParts
+from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.vision import read_vision
 from datencoder_jax.checkpoints.weights import describing
 from datencoder_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
@@ -25,6 +27,7 @@ from datencoder_jax.models.unet import UNet2DConditionModel
 from datencoder_jax.objectives.norm import mean_norm
 from datencoder_jax.prompts import PROMPTS, PromptTokenizer, check_prompts
 from datencoder_jax.runtime.target import current_target
+from datencoder_jax.typing import LowRank
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,6 +54,9 @@ class Pipeline:
         prompts: what is drawn where no prompt is given, with the placeholder `S*`.
         memory: what its device's memory allows.
         timings: seconds, `load`.
+        loras: the changes that LoRAs of other programs have made to its weights, summed, by the layers' names in
+            `checkpoints.lora_names`.
+        source: the files whose weights were rounded when they were read; None where they were not.
     """
 
     name: str
@@ -64,6 +70,8 @@ class Pipeline:
     prompts: tuple[str, ...] = PROMPTS
     memory: Memory = field(default_factory=Memory)
     timings: dict[str, float] = field(default_factory=dict)
+    loras: Mapping[str, LowRank] = field(default_factory=dict)
+    source: Path | None = None
 
     def __repr__(self) -> str:
         encoders = [name for name in ("encoder", "domain") if getattr(self, name) is not None]
@@ -147,7 +155,8 @@ def read_pipeline(
         known |= False if tower is None else np.asarray(tower.params[TOKEN_TABLE] != 0).any(axis=1)
     words = jnp.asarray(tokenizer.whole_words & known)
     base = replace(base, words=words, word_norm=mean_norm(base.table, words))
-    return Pipeline(name, parts.fingerprint, base, tokenizer, parts.vision_fingerprint, **defaults)
+    source = None if dtype == "float32" else expand_user(path)
+    return Pipeline(name, parts.fingerprint, base, tokenizer, parts.vision_fingerprint, source=source, **defaults)
 
 
 def with_vision(

@@ -377,6 +377,54 @@ def test_arrays_keep_their_kind_and_type(ours, files, dtype):
             np.testing.assert_array_equal(value, np.asarray(getattr(wide.base, name).params[key]).astype(dtype))
 
 
+def errors(found, wanted):
+    """The root of the mean squared difference of each kernel, in units of the kernel's own."""
+    return {
+        f"{part}.{name}": np.sqrt(
+            ((np.asarray(value, "f8") - other) ** 2).mean() / (np.asarray(other, "f8") ** 2).mean()
+        )
+        for part in ("unet", "text")
+        for name, value in getattr(found.base, part).params.items()
+        for other in (np.asarray(getattr(wanted.base, part).params[name], "f4"),)
+        if value.ndim > 1
+    }
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_half_precision_rounds_the_sum_of_all_changes_once(sd, ours, files, on_host):
+    """Against the model in float32: the weights with three LoRAs are no farther from it than those without."""
+    half = read_pipeline(sd, "tiny", dtype="bfloat16")
+    if on_host:
+        half = replace(half, base=jax.device_get(half.base))
+    changes = [(files[0], 0.05), (files[1], 0.03), (files[0], -0.02)]
+    wanted, found = ours, half
+    for file, weight in changes:
+        wanted, found = with_lora(wanted, file, weight), with_lora(found, file, weight)
+    for part in ("unet", "text"):
+        for key, value in getattr(wanted.base, part).params.items():
+            other = np.asarray(getattr(found.base, part).params[key])
+            assert other.dtype == "bfloat16"
+            # But for sums that lie between two values of bfloat16 and differ in float32 by their order.
+            assert (other != np.asarray(value).astype(other.dtype)).mean() < 0.01, key
+    rounding, before = errors(found, wanted), errors(half, ours)
+    assert max(rounding[name] / before[name] for name in rounding) < 1.3
+    assert np.mean([rounding[name] / before[name] for name in rounding]) < 1.02
+
+
+def test_weights_that_are_not_the_files_any_more_are_summed_as_they_are(sd, ours, files, tmp_path):
+    half = read_pipeline(sd, "tiny", dtype="bfloat16")
+    kernel = f"{FIRST}.weight"
+    other = half.base.unet.with_params(half.base.unet.params | {kernel: -half.base.unet.params[kernel]})
+    changed = with_lora(replace(half, base=replace(half.base, unet=other)), files[0])
+    wide = with_lora(replace(ours, base=jax.tree.map(lambda x: x.astype(jnp.float32), half.base)), files[0])
+    delta = np.asarray(wide.base.unet.params[kernel]) - np.asarray(half.base.unet.params[kernel], "f4")
+    expected = delta - np.asarray(half.base.unet.params[kernel], "f4")
+    np.testing.assert_allclose(np.asarray(changed.base.unet.params[kernel], "f4"), expected, rtol=0.01, atol=1e-3)
+    # And where the files are gone.
+    gone = with_lora(replace(half, source=tmp_path / "nowhere"), files[0]).base.unet.params[kernel]
+    np.testing.assert_array_equal(gone, np.asarray(wide.base.unet.params[kernel]).astype(gone.dtype))
+
+
 def test_values_that_do_not_fit(ours, files):
     half = replace(
         ours, base=replace(ours.base, unet=ours.base.unet.cast("float16"), text=ours.base.text.cast("float16"))

@@ -7,6 +7,7 @@ from checkpoint_helpers import equal, models_of, refuses
 from safetensors.numpy import save_file
 
 from datencoder_jax.checkpoints.folders import read_base, write_base
+from datencoder_jax.checkpoints.kernels import open_kernels
 from datencoder_jax.checkpoints.keys import Tensors
 from datencoder_jax.checkpoints.layouts import to_torch_layout, torch_shape
 from datencoder_jax.checkpoints.single_file import configurations, read_single_file, split
@@ -123,6 +124,17 @@ def test_the_folder_of_a_file_is_the_same_model(small, tmp_path):
     kind = StableDiffusionXLPipeline if generation == "XL" else StableDiffusionPipeline
     pipe = kind.from_pretrained(tmp_path / "base", local_files_only=True)
     assert type(pipe.scheduler).__name__ == parts.scheduler["_class_name"]
+
+
+def test_single_weights_of_a_file_are_those_of_the_whole(small, tmp_path):
+    _, path, _ = small
+    parts = read_base(path)
+    write_base(tmp_path / "base", parts, dtype="float32")
+    for name, model in models_of(parts).items():
+        for source in (path, tmp_path / "base"):
+            with open_kernels(source, name, model) as kernels:
+                assert kernels.keys() == model.params.keys()
+                equal({name: kernels[name] for name in kernels}, model.params)
 
 
 def test_halves_of_a_file(small, tmp_path):

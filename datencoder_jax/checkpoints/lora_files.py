@@ -127,11 +127,25 @@ def read_lora(
         }
 
 
-def merged(kernel: AnyArray, change: LowRank, weight: float) -> np.ndarray:
-    """Equation (1), summed in float32 on the host, of the type of `kernel`; infinite where that is too narrow."""
+def scaled(change: LowRank, weight: float) -> LowRank:
+    """The change at a weight of choice, `w s (down up)` of equation (1)."""
     with np.errstate(over="ignore", invalid="ignore"):
-        delta = np.asarray(change.down) @ (np.float32(weight) * np.asarray(change.up))
-        return (np.asarray(kernel).astype(np.float32) + delta.reshape(kernel.shape)).astype(kernel.dtype)
+        return LowRank(change.down, np.float32(weight) * np.asarray(change.up))
+
+
+def summed(first: LowRank | None, second: LowRank) -> LowRank:
+    """Two changes of one layer as one, of the sum of their ranks; the second alone where there is no first."""
+    if first is None:
+        return second
+    down = np.concatenate([np.asarray(first.down), np.asarray(second.down)], axis=1)
+    return LowRank(down, np.concatenate([np.asarray(first.up), np.asarray(second.up)]))
+
+
+def merged(kernel: AnyArray, change: LowRank, dtype: Any) -> np.ndarray:
+    """Equation (1), summed in float32 on the host and rounded to `dtype` once; infinite where that is too narrow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        delta = np.asarray(change.down) @ np.asarray(change.up)
+        return (np.asarray(kernel).astype(np.float32) + delta.reshape(kernel.shape)).astype(dtype)
 
 
 def _transposed(factor) -> np.ndarray:
