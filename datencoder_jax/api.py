@@ -11,13 +11,14 @@ import numpy as np
 
 from datencoder_jax import sampling, tuning
 from datencoder_jax.bookkeeping import FOCUS, PERSONALIZE, Clock, blend_of
+from datencoder_jax.composition import remove_before_loras, without_loras
 from datencoder_jax.data.images import to_float
 from datencoder_jax.data.reading import fit_square, to_images
 from datencoder_jax.drawing import Generated, generate
 from datencoder_jax.errors import UserError
 from datencoder_jax.loading import import_embedding, load, nearest_words, with_lora
 from datencoder_jax.methods import METHODS, datencoder, perfusion
-from datencoder_jax.methods.method import RARE, Method, Setup, embeddings_of, trained_numbers
+from datencoder_jax.methods.method import RARE, TOKEN, Method, Setup, embeddings_of, trained_numbers
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prior import PriorOptions, draw_prior
 from datencoder_jax.prompts import TEMPLATE
@@ -62,7 +63,7 @@ def personalize(
     *,
     method: str = "datencoder",
     steps: int | None = None,
-    token: str = "S*",
+    token: str = TOKEN,
     word: str | None = None,
     rank: int | None = None,
     prior: PriorOptions | None = None,
@@ -149,7 +150,7 @@ def personalize(
         variables = initial
         if variables is None:
             setup = _setup(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
-            setup = setup._replace(tuned=steps > 0, prior=prior is not None)
+            setup = setup._replace(tuned=steps > 0, prior=prior is not None, token=" ".join(tokens))
             class_tokens, words = setup.class_tokens, (word or chosen.word or "").split()
             if chosen.several and not len(setup.word_ids) == len(words) == len(tokens):
                 raise UserError(
@@ -220,9 +221,13 @@ def personalize(
                 None if chosen.focus is None or hard is None else focus(latents, hard),
                 None if chosen.levels == (0.0, 1.0) else jnp.array(chosen.levels, jnp.float32),
             )
-            state = tuning.start(variables, quiet=True)
+            # As it will be drawn with: what it removes is taken from the weights without LoRAs of other programs.
+            state = tuning.start(
+                variables._replace(offsets=remove_before_loras(variables.offsets, pipeline.loras)), quiet=True
+            )
             state, losses = tuning.run(state, problem, steps=steps, config=config, quiet=quiet)
             variables, losses = jax.block_until_ready((state.variables, losses))
+            variables = variables._replace(offsets=without_loras(variables.offsets))
     nearest = nearest_words(pipeline, variables.embeddings[-1:])
     trained = trained_numbers(variables, each_rate) if steps else 0
     variables = jax.device_get(chosen.finish(variables))

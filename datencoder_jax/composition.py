@@ -4,13 +4,14 @@ With concepts `k` of offsets `A_k B_k` and weights `w_k`, every projection gets
 
     dW = sum_k w_k A_k B_k = [A_1, A_2, ...] [w_1 B_1; w_2 B_2; ...]                                (1)
 
-so a sum of low-rank offsets is one low-rank offset, of the sum of the ranks. Dense ones are added, what is removed is
-the span of all that is, gated ones stand side by side (`models.edits`, equation (4)), and so do residuals, which
-belong to their vectors. The embeddings of one concept may be predicted at every step (`encoder.reading`). An embedding
-from elsewhere is a concept without offsets; a LoRA from elsewhere is none, it is merged into the base model's weights.
+so a sum of low-rank offsets is one low-rank offset, of the sum of the ranks. Dense ones are added. What concepts remove
+is removed one after the other, in their order (`models.edits`, equation (3)). Gated ones stand side by side (equation
+(4) there), and so do residuals, which belong to their vectors. The embeddings of one concept may be predicted at every
+step (`encoder.reading`). An embedding from elsewhere is a concept without offsets; a LoRA from elsewhere is none, it is
+merged into the base model's weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from datencoder_jax.typing import (
     Reader,
     Removed,
     Residual,
+    SequentialRemoval,
     Variables,
 )
 
@@ -124,11 +126,13 @@ def _dense(present: Sequence[tuple[Dense, np.float32]]) -> Dense:
     return Dense(np.sum([weight * np.asarray(edit.weight, np.float32) for edit, weight in present], axis=0))
 
 
-def _removed(present: Sequence[tuple[Removed, np.float32]]) -> Removed:
+def _removed(present: Sequence[tuple[Removed, np.float32]]) -> Removed | SequentialRemoval:
     if any(weight not in (0.0, 1.0) for _, weight in present):
         raise UserError("what a concept removes from the weights cannot be removed in part; give it the weight 0 or 1")
     kept = [np.asarray(edit.directions, np.float32) for edit, weight in present if weight]
-    return Removed(np.concatenate([*kept, np.zeros((len(present[0][0].directions), 0), np.float32)], axis=1))
+    if len(kept) > 1:
+        return SequentialRemoval(tuple(kept))
+    return Removed(kept[0] if kept else np.zeros((len(present[0][0].directions), 0), np.float32))
 
 
 def _gated(present: Sequence[tuple[Gated, np.float32]]) -> Gated:
@@ -148,6 +152,31 @@ _JOIN: dict[type, Callable[[Any], Edit]] = {
     Gated: _gated,
     Residual: _residual,
 }
+
+
+def remove_before_loras(offsets: Offsets, loras: Mapping[str, LowRank]) -> Offsets:
+    """The edits with what they remove taken from the weights without LoRAs of other programs.
+
+    Args:
+        offsets: edits by module path.
+        loras: the changes that these LoRAs made to the weights, by module path.
+    """
+
+    def one(path: str, edit: Edit) -> Edit:
+        if path not in loras or not isinstance(edit, Removed | SequentialRemoval):
+            return edit
+        directions = (edit.directions,) if isinstance(edit, Removed) else edit.directions
+        return SequentialRemoval(directions, jax.tree.map(jnp.asarray, loras[path]))
+
+    return {path: one(path, edit) for path, edit in offsets.items()}
+
+
+def without_loras(offsets: Offsets) -> Offsets:
+    """The edits of one concept that `remove_before_loras` was given."""
+    return {
+        path: Removed(edit.directions[0]) if isinstance(edit, SequentialRemoval) else edit
+        for path, edit in offsets.items()
+    }
 
 
 def _gates(concepts: Sequence[Concept]) -> Gate | None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from datencoder_jax import sampling
 from datencoder_jax.base import Base
 from datencoder_jax.bookkeeping import FRESH, GENERATE, Clock, blend_of
-from datencoder_jax.composition import Composition, compose
+from datencoder_jax.composition import Composition, compose, remove_before_loras
 from datencoder_jax.data.images import grid
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
@@ -118,6 +118,8 @@ def generate(
         guidance = pipeline.guidance
     base, tokenizer, seconds = pipeline.base, pipeline.tokenizer, {}
     variables, placeholders, words = composition[:3]
+    if variables is not None:
+        variables = variables._replace(offsets=remove_before_loras(variables.offsets, pipeline.loras))
     if gate is not None:
         variables = _with_gate(variables, *gate)
     blend = blend_of(None, composition.blend if blend is None else blend)

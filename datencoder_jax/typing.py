@@ -67,6 +67,19 @@ class Removed(NamedTuple):
     directions: AnyArray
 
 
+class SequentialRemoval(NamedTuple):
+    """What a linear projection can no longer give, where several concepts remove something, one after the other.
+
+    Attributes:
+        directions: of the concepts in their order, `[out, rank]` each.
+        kept: a change that the weights hold and that nothing is removed from: that of LoRAs of other programs. None for
+            none.
+    """
+
+    directions: tuple[AnyArray, ...]
+    kept: LowRank | None = None
+
+
 class Gated(NamedTuple):
     """What a projection gives where the context points along a concept: `output [k, out]`, one for each of k concepts.
 
@@ -97,7 +110,7 @@ class Gate(NamedTuple):
     temperature: AnyArray
 
 
-Edit = LowRank | Dense | Removed | Gated | Residual
+Edit = LowRank | Dense | Removed | SequentialRemoval | Gated | Residual
 """A change of one linear projection; `models.edits` says what each does."""
 
 Offsets = Mapping[str, Edit]

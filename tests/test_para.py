@@ -1,15 +1,19 @@
 """PaRa: directions taken out of the weights, against NumPy in float64; what is tuned; what other programs get."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_helpers import check_round_trip, check_single_steps, personalize, predict, rows, run
+from export_helpers import draw_offsets
+from method_helpers import check_round_trip, check_single_steps, draw, personalize, predict, rows, run
 
+from datencoder_jax.composition import compose
 from datencoder_jax.models.edits import as_low_rank, ready
 from datencoder_jax.pipeline import attention_shapes
 from datencoder_jax.plan.shapes import stable_diffusion
-from datencoder_jax.typing import LearningRates, Removed
+from datencoder_jax.typing import LearningRates, LowRank, Removed, SequentialRemoval
 
 RANK = 3
 
@@ -114,3 +118,97 @@ def test_it_has_half_the_numbers_of_a_lora():
     shapes = attention_shapes(stable_diffusion("1.5", "float32").unet).items()
     square = [shape for path, shape in shapes if not path.endswith(("attn2.to_k", "attn2.to_v"))]
     assert 2 * sum(out for _, out in square) == sum(sum(shape) for shape in square)
+
+
+# --- several concepts, and LoRAs of other programs
+
+
+def share(change, weight):
+    """Of the squared length of the weights."""
+    return (np.asarray(change, np.float64) ** 2).sum() / (np.asarray(weight, np.float64) ** 2).sum()
+
+
+@pytest.mark.parametrize("apart", [1e-7, 1e-3, 1.0])
+def test_concepts_remove_one_after_the_other(apart):
+    """The paper's way; of spans that nearly coincide no more is removed than is in them."""
+    rng = np.random.default_rng(0)
+    first, third = rng.standard_normal((2, 40, 4)).astype(np.float32)
+    second = first + np.float32(apart) * rng.standard_normal((40, 4), np.float32)
+    weight = rng.standard_normal((30, 40), np.float32)
+    wanted = np.asarray(weight, np.float64)
+    for directions in (first, second, third):
+        wanted = removed(wanted, directions)
+    edit = SequentialRemoval((first, second, third))
+    for factors in (
+        jax.jit(lambda edit, weight: ready({"p": edit}, {"p.weight": weight})["p"])(edit, weight),
+        as_low_rank({"p": edit}, {"p.weight": weight})["p"],
+    ):
+        total = weight + np.asarray(factors.down, np.float64) @ factors.up
+        # Where the second span is the first but for rounding, what is left of it is rounding too.
+        np.testing.assert_allclose(total, wanted, atol=2e-5 if apart > 1e-6 else 0.5)
+        assert share(total - weight, weight) == pytest.approx(share(wanted - weight, weight), rel=1e-3)
+
+
+def test_joining_concepts_removes_what_each_removes_in_turn(pipeline):
+    pair = [personalize(pipeline, "para", rank=RANK, seed=0, token=token).concept for token in ("S*", "T*")]
+    twin = replace(pair[0], token="U*")
+    params, shapes = pipeline.base.unet.params, attention_shapes(pipeline.base.unet)
+    for concepts in (pair, pair[::-1], [pair[0], twin], [*pair, twin]):
+        joined = as_low_rank(compose(concepts).variables.offsets, params)
+        for path in shapes:
+            wanted = np.asarray(params[f"{path}.weight"], np.float64)
+            for concept in concepts:
+                wanted = removed(wanted, concept.offsets[path].directions)
+            found = params[f"{path}.weight"] + joined[path].down.astype(np.float64) @ joined[path].up
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert isinstance(compose(pair, [1.0, 0.0]).variables.offsets[path], Removed)
+    assert compose(pair, [0.0, 0.0]).variables.offsets[path].directions.shape[1] == 0
+
+
+def test_concepts_of_one_seed_start_at_directions_of_their_own(pipeline):
+    starts = [
+        personalize(pipeline, "para", steps=0, rank=1, token=token).concept.offsets for token in ("S*", "A*", "B*")
+    ]
+    for path in starts[0]:
+        a, b, c = (np.linalg.qr(np.asarray(start[path].directions))[0] for start in starts)
+        assert max(abs(x.T @ y).item() for x, y in ((a, b), (a, c), (b, c))) < 0.99
+    again = personalize(pipeline, "para", steps=0, rank=1, token="A*").concept.offsets
+    jax.tree.map(np.testing.assert_array_equal, dict(again), dict(starts[1]))
+    # The numbers of the default placeholder are those of a key of the seed alone.
+    key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)[0]
+    path, (_, outputs) = next(iter(attention_shapes(pipeline.base.unet).items()))
+    first = jax.random.normal(jax.random.fold_in(key, 0), (outputs, 1)) * outputs**-0.5
+    np.testing.assert_array_equal(starts[0][path].directions, first)
+
+
+def with_changes(pipeline, changes):
+    """As `loading.with_lora` leaves a pipeline."""
+    unet = pipeline.base.unet
+    params = dict(unet.params)
+    for path, change in changes.items():
+        params[f"{path}.weight"] = params[f"{path}.weight"] + change.down @ change.up
+    return replace(pipeline, base=replace(pipeline.base, unet=unet.with_params(params)), loras=changes)
+
+
+def test_a_lora_of_another_program_comes_after_what_is_removed(pipeline, tuned):
+    """So it adds all of its change, in the directions that the concept removed too."""
+    shapes = attention_shapes(pipeline.base.unet)
+    changes = draw_offsets({path: shapes[path] for path in list(shapes)[::2]})
+    changed = with_changes(pipeline, changes)
+    factors = as_low_rank(tuned.concept.offsets, pipeline.base.unet.params)
+    whole = {
+        path: LowRank(np.concatenate([x.down, y.down], 1), np.concatenate([x.up, y.up]))
+        for path, x in factors.items()
+        for y in (changes.get(path, LowRank(x.down[:, :0], x.up[:0])),)
+    }
+    wanted = draw(pipeline, replace(tuned.concept, offsets=whole))
+    found = draw(changed, tuned.concept)
+    assert np.abs(found - wanted).max() <= 1
+    before = draw(replace(changed, loras={}), tuned.concept)
+    assert np.abs(before - wanted).max() > 5
+    # A concept that is tuned with the LoRA is tuned as it is drawn.
+    own = run(changed, "para", rank=RANK, learning_rates=LearningRates(0.0, 3e-2))
+    kept = {path: edit.kept for path, edit in own.start.offsets.items() if isinstance(edit, SequentialRemoval)}
+    assert kept.keys() == changes.keys()
+    assert {type(edit) for edit in own.concept.offsets.values()} == {Removed}
+    assert own.made.report["trained"] == tuned.made.report["trained"]

@@ -19,6 +19,10 @@ RARE = "sks"
 """The rare word of DreamBooth's examples."""
 
 
+TOKEN = "S*"
+"""The placeholder where no other is asked for."""
+
+
 class Setup(NamedTuple):
     """What a method makes its variables from.
 
@@ -32,6 +36,7 @@ class Setup(NamedTuple):
         quiet: print nothing.
         tuned: whether steps of tuning follow.
         prior: whether how the class is drawn is preserved.
+        token: the placeholder, or several with blanks between.
     """
 
     pipeline: Pipeline
@@ -43,6 +48,7 @@ class Setup(NamedTuple):
     tuned: bool = True
     class_tokens: int = 1
     prior: bool = False
+    token: str = TOKEN
 
 
 def by_part(variables: Variables, rates: LearningRates, class_tokens: int = 1) -> Variables:

@@ -3,6 +3,8 @@
     low rank   y + (x A) B                                                                          (1)
     dense      y + x D                                                                              (2)
     removed    x (W - W Q Q'),  Q R = B:  low rank with A = -W Q and B = Q'                         (3)
+               of several concepts one after the other, W_k = W_k-1 - W_k-1 Q_k Q_k':
+               A = [-W_0 Q_1, -W_1 Q_2, ...] and B = [Q_1'; Q_2'; ...]
     gated      y - s (i W) + g o,  s = x u,  g = sigmoid((x d / e - beta) / tau)                    (4)
     residual   y + r_j  where position p of the context holds the concept's vector j                (5)
 
@@ -13,11 +15,15 @@ with an orthonormal basis of them. The pseudo-inverse holds two concepts of one 
 
 Nothing is differentiated with respect to a gate: its directions follow the concept, they are not tuned.
 
+Removal one after the other is PaRa's own way of joining concepts. One decomposition of all directions side by side
+would remove more than they span where spans nearly coincide: `Q` has all its columns, those past the span arbitrary.
+A LoRA of another program comes after what is removed, so where the weights hold its change `D` already, `W_0 = W - D`.
+
 A concept keeps edits as they are trained. `ready` brings them into the forms that `apply` takes, once for many calls.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +32,19 @@ from tqdm import tqdm
 
 from datencoder_jax.errors import UserError
 from datencoder_jax.runtime.precision import exact_products
-from datencoder_jax.typing import AnyArray, Dense, Edit, Gate, Gated, LowRank, Removed, Residual
+from datencoder_jax.typing import (
+    AnyArray,
+    Dense,
+    Edit,
+    Gate,
+    Gated,
+    LowRank,
+    Removed,
+    Residual,
+    SequentialRemoval,
+)
+
+_Key = TypeVar("_Key")
 
 _ONE_DIRECTION = 1e-4
 """Two directions are one where the squared tangent of half their angle is below this."""
@@ -79,13 +97,15 @@ def ready(
     """
 
     with exact_products():
-        bases = orthonormal_bases({path: edit.directions for path, edit in edits.items() if isinstance(edit, Removed)})
+        bases = _removal_bases(edits)
         along = None if gate is None else _along(gate)
 
     def one(path: str, edit: Edit) -> Ready:
-        if isinstance(edit, Removed):
-            weight = weights[f"{path}.weight"].astype(bases[path].dtype)
-            return LowRank(-weight @ bases[path], bases[path].T)
+        if isinstance(edit, Removed | SequentialRemoval):
+            weight = weights[f"{path}.weight"].astype(jnp.float32)
+            kept = jax.lax.stop_gradient(edit.kept) if isinstance(edit, SequentialRemoval) else None
+            downs = _removal_factors(weight, bases[path], kept)
+            return LowRank(jnp.concatenate(downs, axis=1), jnp.concatenate([basis.T for basis in bases[path]]))
         if isinstance(edit, Gated):
             assert gate is not None and along is not None, "gated edits need their gate"
             return _gated(edit, gate, along, weights[f"{path}.weight"])
@@ -98,12 +118,42 @@ def ready(
         return {path: one(path, edit) for path, edit in edits.items()}
 
 
-def orthonormal_bases(directions: Mapping[str, AnyArray]) -> dict[str, jax.Array]:
+def _removal_bases(edits: Mapping[str, Edit]) -> dict[str, list[jax.Array]]:
+    """The orthonormal bases of what each projection loses, in the order in which it loses them."""
+    directions = {}
+    for path, edit in edits.items():
+        if isinstance(edit, Removed):
+            directions[path] = (edit.directions,)
+        elif isinstance(edit, SequentialRemoval):
+            directions[path] = edit.directions
+    flat = orthonormal_bases({(path, k): matrix for path, each in directions.items() for k, matrix in enumerate(each)})
+    return {path: [flat[path, k] for k in range(len(each))] for path, each in directions.items()}
+
+
+def _removal_factors(weight: Any, bases: Sequence[Any], kept: LowRank | None) -> list[Any]:
+    """The factors `A_k = -W_k-1 Q_k` of equation (3), `[in, rank]` each, of arrays of NumPy or of JAX.
+
+    Args:
+        weight: `[in, out]`, with the change `kept` in it.
+        bases: `Q_k`, `[out, rank]` each.
+    """
+    downs = []
+    for basis in bases:
+        down = -(weight @ basis)
+        if kept is not None:
+            down = down + kept.down @ (kept.up @ basis)
+        for earlier, removed in zip(downs, bases, strict=False):
+            down = down - earlier @ (removed.T @ basis)
+        downs.append(down)
+    return downs
+
+
+def orthonormal_bases(directions: Mapping[_Key, AnyArray]) -> dict[_Key, jax.Array]:
     """`Q` of the decomposition of every matrix `[out, r]`, those of one shape decomposed together.
 
     A decomposition is a loop or a library call of its own on every device, and a UNet has 128 matrices of three shapes.
     """
-    by_shape: dict[tuple, list[str]] = {}
+    by_shape: dict[tuple, list[_Key]] = {}
     for path, matrix in directions.items():
         by_shape.setdefault(matrix.shape, []).append(path)
     bases = {}
@@ -220,9 +270,20 @@ def as_low_rank(edits: Mapping[str, Edit], weights: Mapping[str, AnyArray]) -> d
             left, values, right = np.linalg.svd(np.asarray(edit.weight, np.float64), full_matrices=False)
             rank = max(1, int((values > values[0] * 1e-7).sum()))
             edit = LowRank((left * values)[:, :rank].astype(np.float32), right[:rank].astype(np.float32))
-        if isinstance(edit, Removed):
-            basis = np.linalg.qr(np.asarray(edit.directions, np.float64))[0]
-            down = -np.asarray(weights[f"{path}.weight"], np.float64) @ basis
-            edit = LowRank(down.astype(np.float32), np.ascontiguousarray(basis.T, np.float32))
+        if isinstance(edit, Removed | SequentialRemoval):
+            edit = _removal_on_host(edit, weights[f"{path}.weight"])
         found[path] = edit
     return found
+
+
+def _removal_on_host(edit: Removed | SequentialRemoval, weight: AnyArray) -> LowRank:
+    """Equation (3), computed in float64."""
+    directions, kept = (edit.directions,), None
+    if isinstance(edit, SequentialRemoval):
+        directions, kept = edit.directions, edit.kept
+    bases = [np.linalg.qr(np.asarray(each, np.float64))[0] for each in directions]
+    if kept is not None:
+        kept = LowRank(np.asarray(kept.down, np.float64), np.asarray(kept.up, np.float64))
+    downs = _removal_factors(np.asarray(weight, np.float64), bases, kept)
+    down, up = np.concatenate(downs, axis=1), np.concatenate([basis.T for basis in bases])
+    return LowRank(down.astype(np.float32), np.ascontiguousarray(up, np.float32))
