@@ -8,6 +8,14 @@ from datencoder_jax.models.module import Model
 PERSONALIZE, GENERATE, FRESH, PRIOR, FOCUS = 0, 1, 2, 3, 4
 """Streams of a seed's draws: pictures must not start from the noise their concept was seen under."""
 
+START_AT_WORD = 3
+"""The stream of an ablation's low-rank start. Its number is that of `PRIOR`, which belongs to other methods: what
+starts there takes no prior. It stays, as reports have been written under it."""
+
+SHIPPED_SEEDS = frozenset({0, 3, 5})
+"""Seeds of recipes of the shipped weights. Some streams of training had tags in common with others. Under these seeds
+they still have, which did no harm, so that the weights can be made again; under others each has a tag of its own."""
+
 
 def blend_of(encoder: Model | None, blend: float | None) -> float:
     """The weight of the soft path: as asked for, or the encoder's, or 1 where there is none."""

@@ -16,6 +16,7 @@ import numpy as np
 from datencoder_jax import api
 from datencoder_jax.benchmark.entries import BASE, TUNING, Entry, Row
 from datencoder_jax.benchmark.suites import TOKEN, TOYWORLD, Setup, Subject, Suite
+from datencoder_jax.bookkeeping import START_AT_WORD
 from datencoder_jax.checkpoints.concept_file import concept_size
 from datencoder_jax.loading import with_encoder
 from datencoder_jax.methods import METHODS
@@ -24,9 +25,6 @@ from datencoder_jax.methods.method import Setup as Start
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LowRank, Variables
-
-_WORDS = 3
-"""The stream of a seed's draws that a start at the class word is made from; nothing else of its unit is."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def _start(
     base, tokenizer, options, seconds = pipeline.base, pipeline.tokenizer, entry.options, 0.0
     if options.get("start") == "word":
         own = pipeline.encoder.config.rank if pipeline.encoder is not None else 4
-        key = jax.random.fold_in(jax.random.key(seed), _WORDS)
+        key = jax.random.fold_in(jax.random.key(seed), START_AT_WORD)
         prepared = api.prepare(pipeline, pictures, setup.resolution)
         words = tokenizer.word_ids(who.word)
         variables = METHODS["lora"].start(Start(pipeline, prepared, words, key, options.get("rank", own)))

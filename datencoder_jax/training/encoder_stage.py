@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax.base import Base
+from datencoder_jax.bookkeeping import SHIPPED_SEEDS
 from datencoder_jax.checkpoints.encoder_folder import describe_encoder, read_encoder, write_encoder
 from datencoder_jax.checkpoints.hub import resolve_base
 from datencoder_jax.data.images import to_uint8
@@ -31,7 +32,7 @@ from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, w
 from datencoder_jax.toyworld.world import CLASSES, HELD_OUT
 from datencoder_jax.training.anchors import read_anchors
 from datencoder_jax.training.e4t import E4TFrozen, E4TTask, E4TWeights
-from datencoder_jax.training.loop import fit
+from datencoder_jax.training.loop import fit, initial_key
 from datencoder_jax.training.mesh import make_mesh
 from datencoder_jax.training.pairs import TOKEN, concept_views
 from datencoder_jax.training.sources import open_source
@@ -246,7 +247,8 @@ def _grown(task, config, fingerprint: str, vision: str) -> Params:
     Anchors are not weights: they are those of the recipe's words, whatever words the initial encoder has.
     """
     found = read_encoder(config.initial, fingerprint, vision).params
-    params, fresh = task.init(jax.random.key(config.seed)), config.get("fresh", "")
+    key = jax.random.key(config.seed) if config.seed in SHIPPED_SEEDS else initial_key(config.seed)
+    params, fresh = task.init(key), config.get("fresh", "")
     kept = {
         name: found[name]
         for name, value in params.items()

@@ -45,6 +45,11 @@ _NO_STEP = 2**32 - 1
 """Folded into the seed where a step's number would be: initial weights share no draws with any step."""
 
 
+def initial_key(seed: int) -> jax.Array:
+    """The key of initial weights."""
+    return jax.random.fold_in(jax.random.key(seed), _NO_STEP)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
@@ -222,7 +227,7 @@ def _state(
         for line in complaints:
             _say(line)
         return state, True
-    params = task.init(jax.random.fold_in(jax.random.key(config.seed), _NO_STEP)) if initial is None else initial
+    params = task.init(initial_key(config.seed)) if initial is None else initial
     placed = on_mesh.place(params, on_mesh.of_params(params, mesh))
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     return jax.jit(lambda params: start(params, config), out_shardings=shardings)(placed), False

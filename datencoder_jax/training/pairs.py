@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from datencoder_jax.bookkeeping import SHIPPED_SEEDS
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prompts import TEMPLATE
 from datencoder_jax.toyworld.captions import prompt_for
@@ -16,6 +17,11 @@ from datencoder_jax.training.tuning_encoder import Previews
 from datencoder_jax.training.vae import encode_latents
 
 TOKEN = "S*"
+
+_VIEWS = 0x71
+"""The tag of what is drawn here."""
+_PER_VIEW = 8
+"""More numbers than a view takes."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,10 @@ def concept_views(pipeline: Pipeline, split: str, data, seed: int, classes: tupl
     A view's prompt names its context, or, for a share `data.template_share`, is the tuning template.
     """
     ids = [i for i in SPLITS[split] if CLASSES[i % len(CLASSES)] in classes]
-    chosen = np.random.default_rng(seed).choice(ids, size=data.concepts, replace=False)
+    chosen = _choice_rng(seed).choice(ids, size=data.concepts, replace=False)
     images, masks, prompts = [], [], []
     for concept in tqdm(chosen, desc=f"rendering {split}", disable=len(chosen) < 1000):
-        draws = Draws(int(concept), seed, count=256)
+        draws = _view_draws(int(concept), seed, data.views)
         contexts = [sample_context(draws, flat=data.flat) for _ in range(data.views)]
         seeds = [int(draws.random() * 2**31) for _ in contexts]
         images.append(render_batch([int(concept)] * data.views, contexts, seeds))
@@ -102,3 +108,18 @@ def concept_views(pipeline: Pipeline, split: str, data, seed: int, classes: tupl
         covered.astype(np.float16),
         tokens.reshape(*shape, -1),
     )
+
+
+def _choice_rng(seed: int) -> np.random.Generator:
+    """What concepts are chosen with. A bare seed is that of `Pairs.batch`'s first step too."""
+    return np.random.default_rng(seed if seed in SHIPPED_SEEDS else [seed, 0, _VIEWS])
+
+
+def _view_draws(concept: int, seed: int, views: int) -> Draws:
+    """What the views of a concept are made from.
+
+    The tags of the world's own draws, such as those that an instance's attributes are made from, are small numbers, as
+    seeds are.
+    """
+    tag = seed if seed in SHIPPED_SEEDS else (_VIEWS << 32) + seed
+    return Draws(concept, tag, count=max(256, _PER_VIEW * views))
