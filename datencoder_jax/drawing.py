@@ -17,6 +17,7 @@ from datencoder_jax.base import Base
 from datencoder_jax.bookkeeping import FRESH, GENERATE, Clock, blend_of
 from datencoder_jax.composition import Composition, compose, remove_before_loras
 from datencoder_jax.data.images import grid
+from datencoder_jax.diffusion.guidance import guidance_scale
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
 from datencoder_jax.loading import load_concept_for
@@ -80,12 +81,13 @@ def generate(
         resolution: side in pixels; by default the model's own.
         sampler: one of `diffusion.samplers.SAMPLERS`.
         sampling_steps: denoising steps.
-        guidance: scale of classifier-free guidance; 1 is none. By default the model's own: 2 for the embedded one, 5
+        guidance: scale of classifier-free guidance; at or below 1 there is none, and each step takes half the work. By
+            default the model's own: 2 for the embedded one, 5
             for XL, 7.5 for others.
         blend: weight of the soft path; by default the concepts'.
         gate: beta and tau of gated concepts (perfusion); by default the concepts'. A higher beta leaves more to the
             prompt, a lower one more to the concept.
-        negative: what the pictures should not show; it may contain placeholders too.
+        negative: what the pictures should not show; it may contain placeholders too. It has no effect without guidance.
         batch_size: pictures sampled at a time, by default what the memory allows.
 
     Raises:
@@ -135,8 +137,8 @@ def generate(
     noise, keys = initial_noise(pipeline, len(prompts), num, seed, resolution)
     rows = np.repeat(np.arange(len(prompts)), num)
     plan = make_plan(sampler, base.schedule, sampling_steps)
-    negative_ids = None
-    if negative or not base.zero_empty:
+    scale, negative_ids = guidance_scale(guidance), None
+    if scale is not None and (negative or not base.zero_empty):
         negative_ids = jnp.asarray(tokenizer.encode([negative], placeholders))
     draw = sampling.draw_in_parts if pipeline.memory.in_parts else sampling.generate
 
@@ -154,7 +156,7 @@ def generate(
                 None if hard is None else jnp.asarray(hard[rows[chosen]]),
                 negative_ids,
                 noise[chosen],
-                jnp.float32(guidance),
+                scale,
                 jnp.float32(blend),
                 keys[chosen],
                 None if of_class is None else jnp.asarray(of_class[rows[chosen]]),

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from datencoder_jax import sampling, tuning
 from datencoder_jax.bookkeeping import PRIOR
+from datencoder_jax.diffusion.guidance import guidance_scale
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
 from datencoder_jax.pipeline import Pipeline
@@ -48,7 +49,7 @@ def draw_prior(pipeline: Pipeline, word: str, prior: PriorOptions, side: int, se
             None,
             negative,
             noise[rows],
-            jnp.float32(pipeline.guidance),
+            guidance_scale(pipeline.guidance),
             jnp.float32(1.0),
         )
         networks = base.only("unet", "text", "text_2")

@@ -4,9 +4,9 @@ At every step the UNet runs once on a batch of two halves, the negative prompt a
 
     prediction = u + g (c - u)                                                                     (1)
 
-with guidance scale `g`. With a concept both halves have the offsets on and are blended with the hard path; the hard
-path of the negative half reads the negative prompt too, with the same vectors in its placeholders' places. Without a
-negative prompt XL's `u` is that of zeros, as it was trained.
+with guidance scale `g`. Without guidance it runs on the prompts alone. With a concept both halves have the offsets on
+and are blended with the hard path; the hard path of the negative half reads the negative prompt too, with the same
+vectors in its placeholders' places. Without a negative prompt XL's `u` is that of zeros, as it was trained.
 
 Of a concept with a reader (`encoder.reading`) the prompts, though not the negative one, are read anew at every step,
 with the vectors that the reader predicts for the latents of that step.
@@ -37,9 +37,9 @@ class Request(NamedTuple):
     Attributes:
         soft_ids, hard_ids: prompts with the placeholder and with the nearest word, `[batch, L]`; `hard_ids` is None
             for the soft path alone.
-        negative_ids: `[1, L]`; None for zeros.
+        negative_ids: `[1, L]`; None for zeros. Without guidance nothing reads it.
         noise: `[batch, h, w, c]`, standard normal.
-        guidance: `g`, scalar.
+        guidance: `g`, scalar; None for no guidance.
         blend: weight of the soft path, scalar.
         keys: of the noise that some samplers add at every step, `[batch]`; None for the others.
         class_ids: prompts with the class word, which the attention's keys are of, `[batch, L]`; None for those of
@@ -50,14 +50,14 @@ class Request(NamedTuple):
     hard_ids: jax.Array | None
     negative_ids: jax.Array | None
     noise: jax.Array
-    guidance: jax.Array
+    guidance: jax.Array | None
     blend: jax.Array
     keys: jax.Array | None = None
     class_ids: jax.Array | None = None
 
 
 class Read(NamedTuple):
-    """The prompts of a request as the UNet is told of them; both halves of (1), the negative one first."""
+    """The prompts of a request for the UNet: with guidance both halves of (1), the negative one first."""
 
     soft: Condition
     hard: Condition | None
@@ -91,9 +91,13 @@ def _embeddings(variables: Variables | None) -> jax.Array | None:
 
 def read(base: Base, request: Request, embeddings: jax.Array | None) -> Read:
     """The request's prompts, with a concept's vectors `[n, d]` or one set per row."""
-    negative = None if request.negative_ids is None else base.condition(request.negative_ids, embeddings)
+    negative = None
+    if request.guidance is not None and request.negative_ids is not None:
+        negative = base.condition(request.negative_ids, embeddings)
 
     def both(positive: Condition) -> Condition:
+        if request.guidance is None:
+            return positive
         source = _nothing(positive) if negative is None else negative
         return jax.tree.map(lambda u, c: jnp.concatenate([jnp.broadcast_to(u, c.shape), c]), source, positive)
 
@@ -111,6 +115,8 @@ def _nothing(positive: Condition) -> Condition:
 def _read_again(base: Base, request: Request, soft: Condition, vectors: jax.Array) -> Condition:
     """`Read.soft` with other vectors for the prompts, `[batch, n, d]`; the negative half stays."""
     positive = base.condition(request.soft_ids, vectors)
+    if request.guidance is None:
+        return positive
     return jax.tree.map(lambda both, c: jnp.concatenate([both[: len(c)], c]), soft, positive)
 
 
@@ -122,9 +128,11 @@ def denoise(base: Base, plan: Plan, request: Request, prompts: Read, variables: 
         soft = prompts.soft
         if variables is not None and variables.reader is not None:
             soft = _read_again(base, request, soft, base.vectors(variables, latents, t))
-        halves = jnp.concatenate([latents, latents])
-        halves = base.denoise(halves, t, soft, hard=prompts.hard, keys=prompts.keys, offsets=edits, blend=request.blend)
-        unconditional, conditional = jnp.split(halves, 2)
+        rows = latents if request.guidance is None else jnp.concatenate([latents, latents])
+        rows = base.denoise(rows, t, soft, hard=prompts.hard, keys=prompts.keys, offsets=edits, blend=request.blend)
+        if request.guidance is None:
+            return rows
+        unconditional, conditional = jnp.split(rows, 2)
         return guided(unconditional, conditional, request.guidance)
 
     return sample(plan, predict, request.noise, request.keys)

@@ -98,6 +98,15 @@ def test_generate_passes_options_on(tmp_path, concept_file, calls):
     assert calls["load"][0] == "m" and calls["generate"][1]["concept"] is None
 
 
+@pytest.mark.filterwarnings("always:--negative has no effect:UserWarning")
+def test_a_negative_prompt_without_guidance_is_said(tmp_path, capsys, calls):
+    argv = ["generate", "--prompt", "a robot", "--num", "1", "--out", str(tmp_path / "o"), "--guidance"]
+    sentence = "--negative has no effect: at or below 1 --guidance is none"
+    for scale, negative in (("0", "blur"), ("1", "blur"), ("1.5", "blur"), ("0", "")):
+        assert main([*argv, scale, "--negative", negative]) == 0
+        assert (sentence in capsys.readouterr().err) == (float(scale) <= 1 and bool(negative))
+
+
 def test_defaults_are_the_apis():
     """The fakes hide the real signatures; here the options are compared with those."""
     ours = vars(build_parser().parse_args(["personalize", "a.png", "--out", "o"]))

@@ -11,11 +11,14 @@ import pytest
 from jax.experimental.key_reuse import _core as key_reuse
 from tiny import SIDE, in_half_precision
 
-from datencoder_jax import api, drawing, sampling
+from datencoder_jax import api, drawing, sampling, tuning
+from datencoder_jax.base import Base
+from datencoder_jax.diffusion.guidance import guidance_scale
 from datencoder_jax.diffusion.samplers import make_plan, sample
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import datencoder
 from datencoder_jax.models import vae
+from datencoder_jax.prior import PriorOptions, draw_prior
 from datencoder_jax.typing import Concept, LowRank, Variables
 
 PROMPTS = ["a photo of S* on the beach", "a pencil sketch of S*"]
@@ -190,6 +193,50 @@ def test_guidance_of_one_is_the_conditional_prediction(pipeline):
     images = conditional(base, pipeline.tokenizer.encode(prompts), drawing.initial_noise(pipeline, 2, 1, seed=0)[0])
     expected = np.asarray(jnp.round((images + 1.0) * 127.5)).astype(np.uint8)
     close(generate(pipeline, prompts, num=1, guidance=1.0)[:, 0], expected)
+
+
+def test_at_or_below_one_there_is_no_guidance(pipeline, concept):
+    """The prompt alone: pictures differ by prompt, as they do not under the negative prompt's prediction."""
+    zero, half, one = (generate(pipeline, PROMPTS, concept=concept, guidance=g) for g in (0.0, 0.5, 1.0))
+    assert far(zero[0], zero[1])
+    np.testing.assert_array_equal(zero, half)
+    np.testing.assert_array_equal(zero, one)
+    negative = generate(pipeline, PROMPTS, concept=concept, guidance=-3.0, negative="a red fish")
+    np.testing.assert_array_equal(zero, negative)
+    # Two passes at a scale of 1 draw the same.
+    close(one, generate(pipeline, PROMPTS, concept=concept, guidance=1.0 + 1e-6))
+
+
+def test_without_guidance_the_unet_runs_on_half_the_batch(pipeline, monkeypatch):
+    rows = []
+    real = Base.denoise
+
+    def denoise(base, latents, *args, **options):
+        rows.append(len(latents))
+        return real(base, latents, *args, **options)
+
+    monkeypatch.setattr(Base, "denoise", denoise)
+    plan, request, variables = arguments(pipeline, count=3)
+    for scale in (request.guidance, guidance_scale(1.0), guidance_scale(0.0), guidance_scale(1.5)):
+        rows.clear()
+        asked = request._replace(guidance=scale)
+        # A new function each time: JAX remembers what it has traced.
+        jax.eval_shape(lambda *args: sampling.sample_latents(*args), pipeline.base, plan, asked, variables)
+        assert set(rows) == {3 if scale is None else 6}
+    assert guidance_scale(1.0) is None and guidance_scale(0.0) is None and guidance_scale(1.5) == 1.5
+
+
+def test_the_prior_is_drawn_without_guidance_where_the_model_has_none(pipeline, monkeypatch):
+    requests = []
+    latents = jnp.zeros((2, SIDE // 2, SIDE // 2, 4))
+    monkeypatch.setattr(
+        sampling, "draw_latents", lambda base, plan, request, *a, **k: requests.append(request) or latents
+    )
+    monkeypatch.setattr(tuning, "read_prompt", lambda *args, **options: None)
+    for guidance in (0.0, 2.0):
+        turbo = replace(pipeline, guidance=guidance)
+        draw_prior(turbo, "robot", PriorOptions(pictures=2), SIDE // 2, 0, True)
+    assert requests[0].guidance is None and requests[1].guidance == 2.0
 
 
 def test_the_guidance_is_the_models_unless_asked_otherwise(pipeline):

@@ -58,6 +58,8 @@ def run(args: Namespace) -> None:
         pipeline = load_base_of(args, files[0][0], concepts[0])
     else:
         pipeline = load(args, args.model or TOYWORLD)
+    if args.negative and (pipeline.guidance if args.guidance is None else args.guidance) <= 1:
+        warnings.warn("--negative has no effect: at or below 1 --guidance is none", stacklevel=1)
     for file, weight in loras:
         pipeline = api.with_lora(pipeline, file, weight)
     parts = [read_concept(file, pipeline) for file, _ in files]

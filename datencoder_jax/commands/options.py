@@ -177,7 +177,7 @@ def _add_generate(commands: Any) -> None:
     )
     _add_model(add, "--model", f"(default: the model the concept was made for, or {TOYWORLD})")
     _add_prompts(add, "", required=True)
-    add("--negative", default="", metavar="TEXT", help="what the pictures should not show")
+    add("--negative", default="", metavar="TEXT", help="what the pictures should not show; no effect without guidance")
     add(
         "--gate",
         type=number(0),
@@ -258,7 +258,12 @@ def _add_evaluate(commands: Any) -> None:
     add("--resolution", type=integer(8), metavar="PIXELS", help="side of the pictures (default: the model's own)")
     add("--sampler", choices=_SAMPLERS, default=_SAMPLERS[0], help=f"{', '.join(_SAMPLERS)} (default: %(default)s)")
     add("--sampling-steps", type=integer(1), default=25, metavar="N", help="(default: %(default)s)")
-    add("--guidance", type=number(0), metavar="SCALE", help="of classifier-free guidance (default: the model's own)")
+    add(
+        "--guidance",
+        type=number(0),
+        metavar="SCALE",
+        help="of classifier-free guidance, at or below 1 none (default: the model's)",
+    )
 
 
 def _add_model(add: Callable, option: str, note: str, **extra: Any) -> None:
@@ -319,7 +324,8 @@ def _add_drawing(add: Callable, blend: str) -> None:
         "--guidance",
         type=number(0),
         metavar="SCALE",
-        help="scale of classifier-free guidance; 1 for none (default: 2 for toyworld, 5 for XL, 7.5 for others)",
+        help="scale of classifier-free guidance; at or below 1 there is none, and drawing takes half the work "
+        "(default: 2 for toyworld, 5 for XL, 7.5 for others)",
     )
     add("--blend", type=number(0, 1), metavar="A", help=blend)
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")

@@ -2,12 +2,18 @@
 
     guided = unconditional + s (conditional - unconditional)                (1)
 
-`s = 1` is the conditional prediction, `s = 0` the unconditional one. (1) is linear, so it holds alike for predictions
-of epsilon, of v and of `x0`.
+(1) is linear, so it holds alike for predictions of epsilon, of v and of `x0`. At or below 1 there is no guidance, as in
+diffusers: the prediction is the conditional one, and the other is not computed. That is what `s = 0` means on the cards
+of distilled models.
 """
 
 import jax
 import jax.numpy as jnp
+
+
+def guidance_scale(scale: float) -> jax.Array | None:
+    """The scale as programs take it, a scalar; None where it asks for no guidance."""
+    return None if scale <= 1.0 else jnp.float32(scale)
 
 
 def guided(unconditional: jax.Array, conditional: jax.Array, scale: jax.Array | float) -> jax.Array:
