@@ -15,6 +15,7 @@ from tiny import write_tiny_base, write_tiny_xl
 from datencoder_jax.checkpoints.concept_file import save_concept
 from datencoder_jax.checkpoints.export import Target, export_concept
 from datencoder_jax.diffusion.samplers import make_plan
+from datencoder_jax.errors import UserError
 from datencoder_jax.pipeline import attention_shapes, read_pipeline
 from datencoder_jax.sampling import Request, sample_latents
 from datencoder_jax.typing import Dense, Removed, Residual, Variables
@@ -73,16 +74,19 @@ def our_latents(pipeline, concept, noise, guidance, negative):
     """Final latents of `PROMPTS`, drawn as `api.generate` draws."""
     tokenizer = pipeline.tokenizer
     rows = np.repeat(np.arange(len(PROMPTS)), len(noise) // len(PROMPTS))
-    variables = None
+    variables, places = None, None
     soft, hard = tokenizer.encode(PROMPTS), None
     if concept is not None:
         variables = Variables(jnp.asarray(concept.embeddings), jax.tree.map(jnp.asarray, concept.offsets))
-        soft = tokenizer.encode(PROMPTS, {concept.token: len(concept.embeddings)})[rows]
+        places = {concept.token: len(concept.embeddings)}
+        soft = tokenizer.encode(PROMPTS, places)[rows]
         hard = jnp.asarray(tokenizer.encode(PROMPTS, words={concept.token: concept.nearest_word})[rows])
     request = Request(
         jnp.asarray(soft),
         hard,
-        None if negative is None and pipeline.base.zero_empty else jnp.asarray(tokenizer.encode([negative or ""])),
+        None
+        if negative is None and pipeline.base.zero_empty
+        else jnp.asarray(tokenizer.encode([negative or ""], places)),
         jnp.asarray(noise),
         jnp.float32(guidance),
         jnp.float32(concept.blend),
@@ -91,7 +95,10 @@ def our_latents(pipeline, concept, noise, guidance, negative):
     return jax.jit(sample_latents)(pipeline.base, plan, request, variables)
 
 
-@pytest.mark.parametrize(("guidance", "negative", "num"), [(3.0, None, 1), (2.0, "red square", 2), (1.0, "", 1)])
+@pytest.mark.parametrize(
+    ("guidance", "negative", "num"),
+    [(3.0, None, 1), (2.0, "red square", 2), (1.0, "", 1), (2.0, "a red S* and S*", 1)],
+)
 def test_draws_the_same_along_both_paths(exported, theirs, guidance, negative, num):
     pipeline, concept, out, _ = exported
     noise = np.random.default_rng(3).standard_normal((len(PROMPTS) * num, 8, 8, 4), dtype=np.float32)
@@ -154,6 +161,38 @@ def test_refuses_what_does_not_belong(exported, theirs, tmp_path):
     for prompt in ("a photo", "red " * 40 + "S*"):
         with pytest.raises(ValueError, match="does not contain 'S\\*'"):
             theirs(prompt)
+
+
+def test_a_concept_that_is_cut_is_refused_as_the_library_refuses_it(exported, theirs):
+    """Several vectors, of which the last position holds the first alone."""
+    pipeline, concept, out, _ = exported
+    theirs.load_concept(out / "concept.safetensors")
+    places, room = {concept.token: len(concept.embeddings)}, pipeline.tokenizer.length - 2
+    assert len(concept.embeddings) == 2
+    for before, fits in ((room - 2, True), (room - 1, False), (room, False)):
+        for prompt in ("red " * before + "S*", "red " * before + "S* red"):
+            if fits:
+                theirs._soft_ids(prompt, theirs.concept)
+                continue
+            with pytest.raises(UserError, match="does not fit; write it nearer to the start"):
+                pipeline.tokenizer.encode([prompt], places)
+            with pytest.raises(ValueError, match=r"does not contain 'S\*' in full in its first .* nearer to the start"):
+                theirs(prompt)
+            with pytest.raises(ValueError, match=r"does not contain 'S\*' in full"):
+                theirs("a S*", negative_prompt=prompt)
+    # A second one that is cut does not matter where the first stands in full.
+    again = "S* " + "red " * (room - 3) + "S*"
+    with pytest.warns(UserWarning, match="cut"):
+        wanted = pipeline.tokenizer.encode([again], places)[0]
+    ids = theirs._soft_ids(again, theirs.concept)
+    assert ids[:room] == wanted[1 : 1 + room].tolist()
+
+
+def test_a_negative_prompt_without_guidance_is_said(exported, theirs):
+    _, _, out, _ = exported
+    theirs.load_concept(out / "concept.safetensors")
+    with pytest.warns(UserWarning, match="negative_prompt has no effect"):
+        theirs("a S*", negative_prompt="red", guidance_scale=0.0, num_inference_steps=1, output_type="latent")
 
 
 @pytest.mark.parametrize("way", [0, 1], ids=["both paths", "soft path"])

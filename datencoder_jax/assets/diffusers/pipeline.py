@@ -13,12 +13,14 @@ input `h` and contexts `c` (soft) and `c'` (hard; both are `h` in self-attention
     hard = softmax(q' k'^T / sqrt(d)) v', q' = h W_q,          k' = c' W_k,         v' = c' W_v
     out  = alpha soft (W_o + dW_o) + (1 - alpha) hard W_o + b
 
-The negative prompt goes along both paths too, and where the model takes pooled text (XL) that is blended likewise.
+The negative prompt goes along both paths too, with the same vectors in its placeholders' places, and where the model
+takes pooled text (XL) that is blended likewise.
 Dual-path adaptation is section 4 of arXiv 2307.06925.
 """
 
 import inspect
 import re
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -177,7 +179,7 @@ class DualPathPipeline(StableDiffusionPipeline):
         blend=None,
         **options,
     ):
-        """As `StableDiffusionPipeline`; every prompt has to contain the concept's token.
+        """As `StableDiffusionPipeline`; every prompt has to contain the concept's token, and the negative one may.
 
         Args:
             blend: the weight of the soft path from 0 to 1; by default the concept's own.
@@ -188,10 +190,14 @@ class DualPathPipeline(StableDiffusionPipeline):
             return super().__call__(prompt, negative_prompt=negative_prompt, **options)
         blend = concept.blend if blend is None else blend
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if guidance_scale <= 1 and any(
+            [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ()
+        ):
+            warnings.warn("negative_prompt has no effect: at or below 1 guidance_scale is none", stacklevel=2)
         negatives = negative_prompt if isinstance(negative_prompt, list | tuple) else [negative_prompt or ""]
         soft = self._read([self._soft_ids(text, concept) for text in prompts], concept.vectors)
         hard = self._read([self._ids(concept.in_words(text)) for text in prompts])
-        negative = self._read([self._ids(text) for text in negatives])
+        negative = self._read([self._soft_ids(text, concept, required=False) for text in negatives], concept.vectors)
         if negative_prompt is None and self.config.get("force_zeros_for_empty_prompt"):
             negative = tuple(torch.zeros_like(x) for x in negative)
         negative = tuple(x.expand(len(prompts), *x.shape[1:]) for x in negative)
@@ -209,16 +215,28 @@ class DualPathPipeline(StableDiffusionPipeline):
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _soft_ids(self, prompt, concept):
-        """Token ids; those past the vocabulary stand for the concept's vectors."""
+    def _soft_ids(self, prompt, concept, required=True):
+        """Token ids; those past the vocabulary stand for the concept's vectors.
+
+        Raises:
+            ValueError: a placeholder does not fit with all of its vectors, or one is required and there is none.
+        """
         size = self.text_encoder.get_input_embeddings().num_embeddings
         ids, end = [], 0
         for found in concept.placeholder.finditer(prompt):
             ids += [*self._ids(prompt[end : found.start()]), *(size + place for place in concept.places(found[0]))]
             end = found.end()
         ids += self._ids(prompt[end:])
-        if max(ids[: self._room], default=0) < size:
-            raise ValueError(f"The prompt {prompt!r} does not contain {concept.token!r} (or too far from its start).")
+        if required and max(ids, default=0) < size:
+            raise ValueError(f"The prompt {prompt!r} does not contain {concept.token!r}.")
+        left = set(ids[: self._room])
+        for token in concept.tokens:
+            places = {size + place for place in concept.places(token)}
+            if places & set(ids) and not places <= left:
+                raise ValueError(
+                    f"The prompt {prompt!r} does not contain {token!r} in full in its first {self._room} tokens; write "
+                    "it nearer to the start."
+                )
         return ids
 
     @property
