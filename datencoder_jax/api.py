@@ -167,6 +167,7 @@ def personalize(
     if hard_word is None and initial is None and chosen.word is not None:  # of "sks dog" it is the dog
         hard_word = " ".join((chosen.word if word is None else word).split()[-len(tokens) :])
     if hard_word is None:
+        base.require_words("the hard path's prompt (name a word with hard_word)")
         last = variables.embeddings[each - 1 :: each]
         hard_word = " ".join(nearest_words(pipeline, vector[None])[0][0] for vector in last)
     concept = Concept(variables.embeddings, {}, " ".join(tokens), blend, pipeline.name, pipeline.fingerprint, hard_word)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from datencoder_jax.diffusion.schedule import ScheduleConfig
 from datencoder_jax.encoder.reading import read_again
@@ -38,7 +39,7 @@ class Base:
         unet, vae, text: Stable Diffusion's parts.
         vision: the CLIP vision tower; None where the model has none (then there is no tuning-encoder either).
         words: bool `[vocabulary]`, what may be a concept's nearest word: whole words with an embedding other than zero.
-        word_norm: mean length of those words' embeddings, scalar.
+        word_norm: mean length of those words' embeddings, scalar; infinite where there are none.
         pixel_mean, pixel_std: `[3]`, of the vision tower's input in [0, 1].
         schedule: the noise schedule (static).
         text_2: the second text tower of XL.
@@ -162,6 +163,13 @@ class Base:
         sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
         pooled = jnp.broadcast_to(pooled, (len(latents), pooled.shape[-1]))
         return Added(pooled, jnp.broadcast_to(sizes, (len(latents), len(sizes))))
+
+    def require_words(self, purpose: str) -> None:
+        """Raises `UserError` where the vocabulary has no whole words; `purpose` says what needs them."""
+        if not np.asarray(self.words).any():
+            raise UserError(
+                f"{purpose} needs whole words, and this model's tokenizer has none of three letters from a to z or more"
+            )
 
     def only(self, *names: str) -> "Base":
         """The same without the parameters of all networks but the named, which are then no argument of a program."""

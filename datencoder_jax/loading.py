@@ -256,11 +256,12 @@ def import_embedding(pipeline: Pipeline, path: str | Path, token: str | None = N
         raise UserError(f"{path} names no token; say which placeholder it is to have")
     if token.split() != [token]:
         raise UserError(f"the placeholder {token!r} must be one word without spaces")
-    word = nearest_words(pipeline, jnp.asarray(vectors))[0][0]
+    nearest = nearest_words(pipeline, jnp.asarray(vectors))
+    word = nearest[0][0] if nearest else token  # without words the plain model reads the token itself
     return Concept(vectors, {}, token, 1.0, pipeline.name, pipeline.fingerprint, word)
 
 
 def nearest_words(pipeline: Pipeline, embeddings: jax.Array, k: int = 5) -> list[tuple[str, float]]:
-    """The `k` whole words nearest to the first of `[n, d]` embeddings, with their cosines."""
+    """The `k` whole words nearest to the first of `[n, d]` embeddings, with their cosines; fewer if there are fewer."""
     ids, cosines = (np.asarray(x)[0] for x in tuning.nearest_word_ids(pipeline.base, embeddings, k))
-    return [(pipeline.tokenizer.word(int(i)), float(c)) for i, c in zip(ids, cosines, strict=True)]
+    return [(pipeline.tokenizer.word(int(i)), float(c)) for i, c in zip(ids, cosines, strict=True) if np.isfinite(c)]

@@ -101,7 +101,8 @@ def run(args: Namespace) -> None:
     with compiling_ahead(pipeline, run_without_weights) as seconds:
         tuned = api.personalize(pipeline, images, **options)
         words = [{"word": str(word), "cosine": float(cosine)} for word, cosine in tuned.report["nearest_words"]]
-        say("nearest words: " + ", ".join(f"{entry['word']} {entry['cosine']:.2f}" for entry in words))
+        if words:
+            say("nearest words: " + ", ".join(f"{entry['word']} {entry['cosine']:.2f}" for entry in words))
         # Written before the sampling, so that it is not lost should that fail.
         _write_concept(args, tuned.concept)
         made = api.generate(pipeline, prompts, concept=tuned.concept, **drawing)

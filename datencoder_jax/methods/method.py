@@ -178,6 +178,7 @@ def with_modifier(base: Base, word_ids: Sequence[int], class_tokens: int = 1) ->
 
 def _no_word(base: Base) -> jax.Array:
     """The modifier of `with_modifier`, `[1, d]`."""
+    base.require_words("a modifier before a class word alone (or name one, as in 'sks dog')")
     table = jnp.asarray(base.table)[np.flatnonzero(np.asarray(base.words))].astype(jnp.float32)
     mean = (table / jnp.linalg.norm(table, axis=1, keepdims=True)).mean(axis=0, keepdims=True)
     return mean / jnp.linalg.norm(mean) * base.word_norm

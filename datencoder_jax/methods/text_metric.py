@@ -68,6 +68,7 @@ def covariance(pipeline: Pipeline, *, quiet: bool = False) -> np.ndarray:
 
 def prompt_ids(pipeline: Pipeline) -> np.ndarray:
     """Token ids of the prompts, int32 `[PROMPTS, length]`; the same for the same vocabulary."""
+    pipeline.base.require_words("the metric of text states")
     tokenizer, draws = pipeline.tokenizer, np.random.default_rng(0)
     first = tokenizer.vocab_size
     templates = tokenizer.encode(TEMPLATES, {_FIRST: 1, _SECOND: 1})[np.arange(PROMPTS) % len(TEMPLATES)]

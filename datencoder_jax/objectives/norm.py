@@ -17,5 +17,9 @@ def norm_penalty(embeddings: jax.Array, reference_norm: jax.Array | float) -> ja
 
 
 def mean_norm(table: jax.Array, allowed: jax.Array) -> jax.Array:
-    """`rho` of (1): mean norm of the rows of `table` `[vocabulary, d]` that `allowed` `[vocabulary]` marks; scalar."""
-    return jnp.mean(jnp.linalg.norm(table.astype(jnp.float32), axis=-1), where=allowed)
+    """`rho` of (1): mean norm of the rows of `table` `[vocabulary, d]` that `allowed` `[vocabulary]` marks; scalar.
+
+    Infinite where it marks none, so that the penalty of any embedding is zero.
+    """
+    mean = jnp.mean(jnp.linalg.norm(table.astype(jnp.float32), axis=-1), where=allowed)
+    return jnp.where(jnp.any(allowed), mean, jnp.inf)

@@ -52,6 +52,7 @@ def encoder_config(pipeline: Pipeline, **sizes) -> EncoderConfig:
 
     With `hypernetwork=False` it fills nothing, and predicts an embedding alone.
     """
+    pipeline.base.require_words("training an encoder")
     return _encoder_config(pipeline.base, float(pipeline.base.word_norm), **sizes)
 
 
