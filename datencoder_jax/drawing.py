@@ -82,8 +82,7 @@ def generate(
         sampler: one of `diffusion.samplers.SAMPLERS`.
         sampling_steps: denoising steps.
         guidance: scale of classifier-free guidance; at or below 1 there is none, and each step takes half the work. By
-            default the model's own: 2 for the embedded one, 5
-            for XL, 7.5 for others.
+            default the model's own: 2 for the embedded one, 5 for XL, 7.5 for others.
         blend: weight of the soft path; by default the concepts'.
         gate: beta and tau of gated concepts (perfusion); by default the concepts'. A higher beta leaves more to the
             prompt, a lower one more to the concept.
