@@ -13,16 +13,24 @@ ACCELERATORS := $(ACCELERATORS_VENV)/.installed
 # What `make demo` passes to `datencoder`, and how many processes the tests run in.
 DEMO = personalize examples/robot.png --out out/demo
 WORKERS = 2
+# The methods of the README's table.
+TABLE = base datencoder@0+4+12+50+300 dreambooth lora para disendiff custom_diffusion infusion perfusion \
+    textual_inversion e4t:encoder=runs/toyworld/e4t_out@0+4+12+50+300
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-accelerators test-accelerators-all lint format clean
+.PHONY: help demo table test test-slow test-accelerators test-accelerators-all lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
 
 demo: $(CORE)  ## personalize on an example picture and generate with it; pictures in out/demo
 	$(BIN)/datencoder $(DEMO)
+
+table: $(CORE)  ## measure all methods on the embedded world at the shipped learning rates, as the README's table; hours
+	$(BIN)/datencoder pretrain --config configs/toyworld_e4t.py --workdir runs/toyworld/e4t --cpu-devices 2
+	$(BIN)/datencoder evaluate --suite toyworld --rates docs/benchmark/rates.json --steps 4,12,50,300 --jobs 2 \
+	    --out out/table --methods $(TABLE)
 
 test: $(TEST)  ## run the tests, but for those marked slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)

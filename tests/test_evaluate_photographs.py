@@ -1,6 +1,8 @@
 """`datencoder evaluate` on photographs: the protocol, layouts, scores of all pairs, DreamBench++'s folders."""
 
 import json
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from datencoder_jax.benchmark.entries import make_rows, parse_entries
 from datencoder_jax.benchmark.making import open_suite
 from datencoder_jax.benchmark.suites import Setup, Subject
 from datencoder_jax.benchmark.units import Unit, _check_subjects, shown_prompts, told_subjects
+from datencoder_jax.commands import evaluate as evaluate_command
+from datencoder_jax.commands.evaluate import find_cautions
+from datencoder_jax.commands.shared import ONLY_TOYS
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.picture_scores import load_clip, load_dino
@@ -301,3 +306,19 @@ def test_pictures_that_are_scored_are_let_go(ran):
     seen = [pictures.shape for pictures in metrics._read(units, made)]
     assert seen == [(25, 2, 16, 16, 3)] * 2
     assert all(each.pictures.size == 0 and each.pictures.base is None and each.bytes for each in made)
+
+
+def test_what_is_warned_of_stands_in_the_report(model, described, tmp_path, monkeypatch, capsys):  # noqa: F811
+    setup = Setup(str(described))  # of the embedded model
+    assert find_cautions(setup) == [ONLY_TOYS]
+    assert find_cautions(replace(setup, model=model[1])) == find_cautions(replace(setup, suite="toyworld")) == []
+    monkeypatch.setattr(evaluate_command, "find_cautions", lambda setup: [ONLY_TOYS])
+    out = tmp_path / "out"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert evaluate(model, out, "--suite", described, "--methods", "base", "--report-only") == 0
+    assert ONLY_TOYS in capsys.readouterr().err
+    assert metrics_of(out)["warnings"] == [ONLY_TOYS]
+    for name in ("report.md", "report.html"):
+        assert ONLY_TOYS in (out / name).read_text("utf-8")
+    assert "There are no intervals and no verdicts" in (out / "report.md").read_text("utf-8")

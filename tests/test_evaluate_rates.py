@@ -9,10 +9,11 @@ from evaluate_helpers import evaluate, forget, metrics_of, model, row_of  # noqa
 
 from datencoder_jax.benchmark import rates
 from datencoder_jax.benchmark.entries import make_rows, parse_entries
+from datencoder_jax.benchmark.learning_rates import RateChoice
 from datencoder_jax.benchmark.making import Made
 from datencoder_jax.benchmark.rates import Climb, read_rates, sweep, with_rates
 from datencoder_jax.benchmark.suites import Setup
-from datencoder_jax.benchmark.units import Unit, write_made
+from datencoder_jax.benchmark.units import Unit, rows_of, write_made
 from datencoder_jax.errors import UserError
 
 SETUP = Setup("toyworld", instances=2)
@@ -171,6 +172,12 @@ def test_a_sweep_is_made_and_its_rates_are_used(model, tmp_path):  # noqa: F811
     assert {"product", "identity", "offsets"} <= tried[0].keys() and len(tried) >= 5
     assert row_of(metrics_of(tmp_path), "lora:rank=2", 2)["rates"] == pytest.approx(chosen)
     assert {file.name for file in tmp_path.glob("sweep/**/*.npz")} == {"creature-1200000-0.npz", "robot-1200001-0.npz"}
+    chosen_on = {"source": "chosen", "individuals": 2, "classes": 2}
+    assert row_of(metrics_of(tmp_path), "lora:rank=2", 2)["rate_choice"] == chosen_on
+    assert "chosen on 2 individuals of 2 classes" in (tmp_path / "report.md").read_text("utf-8")
+    # Another command of the same folder keeps what is known of its rows.
+    assert evaluate(model, tmp_path, *asked[:-3], "base", "--report-only") == 0
+    assert row_of(metrics_of(tmp_path), "lora:rank=2", 2)["rate_choice"] == chosen_on
 
 
 def test_rates_are_not_chosen_under_settings_that_the_folder_has_not(model, tmp_path, capsys):  # noqa: F811
@@ -195,3 +202,26 @@ def test_rates_are_chosen_for_rows_that_nothing_was_made_of(model, tmp_path, cap
     assert evaluate(model, other, *asked, "--sweep", "2") == 0
     assert "no rates are chosen for lora:rank=2@2, begun without" in capsys.readouterr().out
     assert not (other / "sweep").exists() and not (other / "rates.json").exists()
+
+
+def test_rows_say_where_their_rates_come_from(tmp_path):
+    file = tmp_path / "rates.json"
+    content = {"format": "datencoder-rates", "chosen": {"lora@12": [0.0, 0.5], "lora@50": [0.0, 0.5]}, "tried": {}}
+    file.write_text(json.dumps(content | {"chosen_on": {"lora@12": {"individuals": 12, "classes": 6}}}))
+    rows, _ = with_rates(make_rows(parse_entries(["lora", "lora:rates=0/1e-3", "base"]), (12, 50, 300)), file)
+    assert [row.choice for row in rows if row.entry.label == "lora"] == [
+        RateChoice("chosen", 12, 6),
+        RateChoice("chosen"),
+        RateChoice("default"),
+    ]
+    assert {row.choice for row in rows if row.entry.options} == {RateChoice("named")}
+    told = {row.name: {"steps": row.steps, "rates": list(row.rates)} for row in rows if row.entry.method != "base"}
+    back = rows_of(told, {"lora@12": ["chosen", 12, 6]})  # of a folder that says it of one row alone
+    assert [row.choice for row in back[:3]] == [row.choice for row in rows[:3]]
+
+
+def test_a_file_that_says_nonsense_of_its_choices_is_refused(tmp_path):
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({"format": "datencoder-rates", "chosen": {}, "chosen_on": {"lora@1": 12}}))
+    with pytest.raises(UserError, match="holds no learning rates"):
+        read_rates(file)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from datencoder_jax.benchmark.goals import goals
+from datencoder_jax.benchmark.learning_rates import RateChoice
+from datencoder_jax.evaluation.scores import MIN_SUBJECTS
 
 COUNT = 40
 
@@ -122,3 +124,57 @@ def test_no_gain_is_no_goal_met(content, lost):
     assert found(content, "without tuning") == found(content, "no encoder saw") == [False]
     told = [goal["numbers"] for goal in goals(content) if "without tuning" in goal["text"]]
     assert told[0].endswith("nothing to keep")
+
+
+def cut(content, count):
+    """The same for the first subjects alone."""
+    for one in content["rows"]:
+        one["values"] = {name: values[:count] for name, values in one["values"].items()}
+    return content | {"groups": {}}
+
+
+@pytest.mark.parametrize("count", [1, 2, MIN_SUBJECTS - 1])
+def test_few_subjects_have_no_verdict(content, count):
+    told = goals(cut(content, count))
+    assert len(told) == 6 and {goal["met"] for goal in told} == {None}
+    assert all(goal["reason"] == f"fewer than {MIN_SUBJECTS} subjects" for goal in told)
+    assert not any("[" in goal["numbers"] for goal in told)
+
+
+def test_enough_subjects_have_one(content):
+    told = goals(cut(content, MIN_SUBJECTS))
+    assert all(goal["met"] is not None and not goal["reason"] for goal in told)
+
+
+def test_a_group_of_few_subjects_has_no_verdict(content):
+    content["groups"]["held out"] = [38, 39]
+    assert found(content, "no encoder saw") == [None] and found(content, "without tuning") == [True]
+
+
+def with_choices(content, **choices):
+    for one in content["rows"]:
+        if one.get("steps"):
+            one["rate_choice"] = RateChoice(*choices.get(f"{one['label']}_{one['steps']}", ("chosen", 12, 6)))._asdict()
+    return {goal["text"]: goal for goal in goals(content)}
+
+
+def test_default_rates_have_no_verdict_but_on_seconds(content):
+    told = with_choices(content, lora_12=("default",), lora_300=("default",))
+    without = {text for text, goal in told.items() if goal["met"] is None}
+    assert len(without) == 2 and all("of lora at" in text and "seconds" not in text for text in without)
+    assert all("learning rates of lora@" in told[text]["reason"] for text in without)
+    told = with_choices(content, datencoder_12=("default",))
+    assert {text for text, goal in told.items() if goal["met"] is not None} == {
+        text for text in told if "seconds" in text
+    }
+
+
+def test_rates_chosen_on_unequal_numbers_of_individuals_are_told(content):
+    told = with_choices(content, lora_300=("chosen", 4, 4))
+    [goal] = [goal for text, goal in told.items() if "those of lora at 300" in text]
+    assert goal["met"] is True
+    assert goal["effort"] == (
+        "learning rates of datencoder@12 chosen on 12 individuals of 6 classes, "
+        "of lora@300 chosen on 4 individuals of 4 classes"
+    )
+    assert [goal["effort"] for text, goal in told.items() if "dreambooth at 300" in text] == ["", ""]

@@ -8,24 +8,26 @@ import numpy as np
 import pytest
 from report_helpers import Page, texts
 
+from datencoder_jax.benchmark.learning_rates import RateChoice
 from datencoder_jax.benchmark.report import write_report
 from datencoder_jax.benchmark.report.labels import clear, spread
 from datencoder_jax.benchmark.report.results import read_results
 from datencoder_jax.errors import UserError
+from datencoder_jax.evaluation.scores import MIN_SUBJECTS
 
 
-def small(folder, **changes):
-    """Writes metrics.json of two methods on three subjects, with nothing that is optional."""
+def small(folder, count=3, **changes):
+    """Writes metrics.json of two methods on `count` subjects, with nothing that is optional."""
     rng = np.random.default_rng(0)
     rows = [
-        {"kind": "method", "label": label, "steps": steps, "values": {"CLIP-I": list(rng.random(3))}}
+        {"kind": "method", "label": label, "steps": steps, "values": {"CLIP-I": list(rng.random(count))}}
         for label, steps in (("lora", 12), ("lora", 300), ("para", 12))
     ]
     content = {
         "format": "datencoder-evaluation",
         "version": 1,
         "scores": {"CLIP-I": {}},
-        "subjects": [{"name": f"dog {k}"} for k in range(3)],
+        "subjects": [{"name": f"dog {k}"} for k in range(count)],
         "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,19 +45,80 @@ def test_without_matplotlib_there_is_a_report_that_says_so(tmp_path, monkeypatch
     assert "svg" not in Page((tmp_path / "report.html").read_text("utf-8")).names
 
 
-@pytest.mark.parametrize("subjects", [1, 3])
+@pytest.mark.parametrize("subjects", [1, 2, MIN_SUBJECTS - 1, MIN_SUBJECTS])
 def test_what_is_optional_may_be_missing(tmp_path, subjects):
-    content = small(tmp_path)
+    content = small(tmp_path, MIN_SUBJECTS)
     for one in content["rows"]:
         one["values"] = {name: values[:subjects] for name, values in one["values"].items()}
         one["pictures"] = "pictures/gone.png"
     tiles = {"side": 8, "subjects": [0], "prompts": [0]}
-    small(tmp_path, rows=content["rows"], subjects=content["subjects"][:subjects], tiles=tiles)
+    small(tmp_path, MIN_SUBJECTS, rows=content["rows"], subjects=content["subjects"][:subjects], tiles=tiles)
     write_report(tmp_path)
     page = Page((tmp_path / "report.html").read_text("utf-8"))
     mean, *rest = texts(page.table("scores")["lora", 300][0])
     assert mean == f"{np.mean(content['rows'][1]['values']['CLIP-I']):.3f}"
-    assert len(rest) == (subjects > 1)  # one subject has no interval
+    assert len(rest) == (subjects >= MIN_SUBJECTS)  # fewer have no interval
+    assert ("There are no intervals and no verdicts" in page.text) == (subjects < MIN_SUBJECTS)
+
+
+@pytest.mark.parametrize("subjects", [1, 2, MIN_SUBJECTS - 1])
+def test_few_subjects_have_no_verdicts_and_no_best(tmp_path, subjects):
+    small(tmp_path, subjects, axes={"identity": "CLIP-I"})
+    write_report(tmp_path)
+    said = (tmp_path / "report.md").read_text("utf-8")
+    tables = "\n".join(line for line in said.splitlines() if line.startswith("|"))
+    assert tables and not any(word in tables for word in ("better", "worse", "undecided", "[", "≈"))
+    assert "other rows" not in said
+    small(tmp_path, MIN_SUBJECTS, axes={"identity": "CLIP-I"})
+    write_report(tmp_path)
+    assert "other rows" in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_subjects_that_failed_are_not_counted(tmp_path):
+    rows = small(tmp_path, 8)["rows"]
+    rows[0]["values"]["CLIP-I"][:3] = [None] * 3  # the row that others are compared with
+    small(tmp_path, 8, rows=rows, axes={"identity": "CLIP-I"})
+    write_report(tmp_path)
+    cells = Page((tmp_path / "report.html").read_text("utf-8")).table("differences")
+    assert all(len(texts(row[0])) == 1 for row in cells.values())
+
+
+def test_warnings_of_the_run_stand_in_its_report(tmp_path):
+    small(tmp_path, warnings=["the model is a toy"])
+    write_report(tmp_path)
+    for name in ("report.html", "report.md"):
+        assert "Warning: the model is a toy" in (tmp_path / name).read_text("utf-8")
+
+
+def test_default_rates_have_no_verdict_and_unequal_choices_are_told(tmp_path):
+    rows = small(tmp_path, 8)["rows"]
+    choices = [("chosen", 12, 6), ("chosen", 4, 4), ("default", None, None)]
+    for row, choice in zip(rows, choices, strict=True):
+        row |= {"rates": [0.0, 1e-3], "rate_choice": RateChoice(*choice)._asdict()}
+    small(tmp_path, 8, rows=rows, axes={"identity": "CLIP-I"})
+    write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    cells = {key: [texts(cell) for cell in row] for key, row in page.table("differences").items()}
+    assert cells["lora", 300][0][2] in ("better", "worse", "undecided")
+    assert cells["lora", 300][1] == ["chosen on 4 individuals of 4 classes"]
+    assert len(cells["para", 12][0]) == 2 and cells["para", 12][1] == ["defaults"]
+    assert "rates from (lora, 12 steps: chosen on 12 individuals of 6 classes)" in page.text
+    assert [texts(page.table("costs")[key][1]) for key in (("lora", 12), ("para", 12))] == [
+        ["chosen on 12 individuals of 6 classes"],
+        ["defaults"],
+    ]
+    said = (tmp_path / "report.md").read_text("utf-8")
+    assert "There are no verdicts on para, 12 steps" in said and "no verdict on 1 of 2 other rows" in said
+
+
+def test_goals_without_a_verdict_say_why(tmp_path):
+    goal = {"text": "as good", "met": None, "numbers": "+0.1", "reason": "too few", "effort": "rates of a and b"}
+    small(tmp_path, goals=[goal])
+    write_report(tmp_path)
+    for name in ("report.html", "report.md"):
+        said = (tmp_path / name).read_text("utf-8")
+        assert "– no verdict" in said and "no verdict: too few" in said and "rates of a and b" in said
+        assert "✓ met" not in said and "✗ missed" not in said
 
 
 def test_seconds_of_several_devices_are_told_apart(tmp_path):

@@ -155,7 +155,7 @@ def table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
                 cells.append(f"{values.mean():.4f}")
             else:
                 d = bootstrap(values - np.array(found[_PLAIN][group]))
-                cells.append(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]")
+                cells.append(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]" if d.certain else f"{d.mean:+.4f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datencoder_jax.api import PriorOptions
+from datencoder_jax.benchmark.learning_rates import DEFAULT, NAMED, RateChoice
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS
 from datencoder_jax.methods.method import read_option
@@ -73,11 +74,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: an entry at a number of steps and learning rates."""
+    """One row of the table: an entry at a number of steps and learning rates, of which `choice` says whence."""
 
     entry: Entry
     steps: int
     rates: LearningRates
+    choice: RateChoice = field(default_factory=RateChoice)
 
     @property
     def name(self) -> str:
@@ -144,7 +146,8 @@ def make_rows(entries: Sequence[Entry], steps: Sequence[int]) -> list[Row]:
     rows = []
     for entry in entries:
         own = (0,) if entry.method == BASE else entry.steps or steps
-        rows += [Row(entry, count, entry.rates) for count in own]
+        choice = RateChoice(NAMED if "rates" in entry.options else DEFAULT)
+        rows += [Row(entry, count, entry.rates, choice) for count in own]
     return rows
 
 

@@ -9,9 +9,10 @@ With `I`, `P` and `IP` the mean identity, prompt score and product of a row, and
     new     g of datencoder@12 on kinds of things held out is at least 0.8 of that on the others                (5)
 
 Only goals whose rows are there are told, (2) only where one run measured both rows, on one device. Differences are
-paired over the subjects that both rows have. With (5) comes the same share of methods that no encoder helps: what
-they fall short of 1 by is how much harder the held-out kinds are for the base model, not what an encoder has not
-seen.
+paired over the subjects that both rows have. A goal has no verdict where these are fewer than `MIN_SUBJECTS`; nor, but
+for (2), which learning rates do not change, where a row was tuned at rates that nobody chose. With (5) comes the same
+share of methods that no encoder helps: what they fall short of 1 by is how much harder the held-out kinds are for the
+base model, not what an encoder has not seen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from datencoder_jax.benchmark.joining import JOINED
-from datencoder_jax.evaluation.scores import Interval, bootstrap
+from datencoder_jax.benchmark.learning_rates import describe_effort, lacks_chosen_rates
+from datencoder_jax.evaluation.scores import MIN_SUBJECTS, Interval, bootstrap
 
 OURS, STEPS, MANY = "datencoder", 12, 300
 SLOW = ("lora", "dreambooth")
@@ -29,7 +31,12 @@ _SHARE, _FASTER = 0.8, 20.0
 
 
 def goals(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The goals of the content of a `metrics.json`: `text`, whether it is `met`, and its `numbers`."""
+    """The goals of the content of a `metrics.json`.
+
+    Returns:
+        Of each its `text`, whether it is `met` (None without a verdict), its `numbers`, the `reason` why there is no
+        verdict ("" where there is one), and `effort`: what its rows' learning rates were chosen on, where not alike.
+    """
     rows = {(row["label"], row.get("steps")): row for row in content["rows"]}
     ours = rows.get((OURS, STEPS))
     if ours is None:
@@ -55,6 +62,8 @@ def _equal(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
         f"{OURS} at {STEPS} steps: identity and prompt score at least those of {other['label']} at {MANY} steps",
         identity.mean >= 0 and prompt.mean >= 0,
         f"identity {_signed(identity)}, prompt {_signed(prompt)}",
+        _too_few(identity, prompt) or _default_rates(ours, other),
+        describe_effort([ours, other]),
     )
 
 
@@ -67,6 +76,7 @@ def _fast(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
         f"{OURS} at {STEPS} steps: a twentieth of the seconds of {other['label']} at {MANY} steps",
         slow / spent >= _FASTER,
         f"{spent:.2f} s against {slow:.1f} s (1/{slow / spent:.1f})",
+        _too_few(_difference(ours, other, "identity")),
     )
 
 
@@ -75,7 +85,8 @@ def _best(ours: Mapping, other: Mapping) -> dict[str, Any] | None:
     if product is None:
         return None
     text = f"{OURS} at {STEPS} steps: identity x prompt above that of {other['label']} at {STEPS} steps"
-    return _goal(text, product.low > 0, f"difference {_signed(product)}")
+    reason = _too_few(product) or _default_rates(ours, other)
+    return _goal(text, product.low > 0, f"difference {_signed(product)}", reason, describe_effort([ours, other]))
 
 
 def _start(ours: Mapping, start: Mapping, base: Mapping) -> dict[str, Any] | None:
@@ -86,6 +97,7 @@ def _start(ours: Mapping, start: Mapping, base: Mapping) -> dict[str, Any] | Non
         f"{OURS} without tuning keeps {_SHARE:.0%} of the identity it gains with {STEPS} steps",
         tuned.mean > 0 and _SHARE * tuned.mean <= untuned.mean,
         f"gains {_signed(untuned)} and {_signed(tuned)}: {_share(untuned, tuned)}",
+        _too_few(tuned, untuned) or _default_rates(ours),
     )
 
 
@@ -104,6 +116,7 @@ def _new(
         f"on kinds of things that no encoder saw, {OURS} keeps {_SHARE:.0%} of the identity it gains on others",
         inside.mean > 0 and _SHARE * inside.mean <= outside.mean,
         numbers,
+        _too_few(inside, outside) or _default_rates(ours),
     )
 
 
@@ -131,8 +144,23 @@ def _share(part: Interval, whole: Interval) -> str:
 
 
 def _signed(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    ends = f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval.certain else ""
+    return f"{interval.mean:+.3f}{ends}"
 
 
-def _goal(text: str, met: bool, numbers: str) -> dict[str, Any]:
-    return {"text": text, "met": bool(met), "numbers": numbers}
+def _too_few(*differences: Interval | None) -> str:
+    """Why there is no verdict for want of subjects; empty where there are enough."""
+    if all(difference is not None and difference.certain for difference in differences):
+        return ""
+    return f"fewer than {MIN_SUBJECTS} subjects"
+
+
+def _default_rates(*rows: Mapping) -> str:
+    """Why there is no verdict for want of chosen learning rates; empty where all rows have some."""
+    if not (names := [f"{row['label']}@{row['steps']}" for row in rows if lacks_chosen_rates(row.get("rate_choice"))]):
+        return ""
+    return f"learning rates of {' and '.join(names)} are the method's defaults, which nobody chose for this suite"
+
+
+def _goal(text: str, met: bool, numbers: str, reason: str = "", effort: str = "") -> dict[str, Any]:
+    return {"text": text, "met": None if reason else bool(met), "numbers": numbers, "reason": reason, "effort": effort}

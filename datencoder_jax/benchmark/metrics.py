@@ -37,6 +37,7 @@ class Metrics:
         units: all of them, done or not.
         about: what `metrics.json` says of the run: `command`, `device`, `settings`.
         others: runs whose rows are joined, as `joining.read_joined` gives them.
+        warnings: what the command warns of, which the report has to say too.
 
     Raises:
         UserError: one of the others differs from this run.
@@ -50,7 +51,9 @@ class Metrics:
         units: Sequence[Unit],
         about: Mapping[str, Any],
         others: Sequence[tuple[Path, Mapping[str, Any]]] = (),
+        warnings: Sequence[str] = (),
     ):
+        self.warnings = warnings
         self.folder, self.setup, self.rows, self.about = folder, setup, rows, about
         self.units, self.others = by_row(units), others
         self.suite = open_suite(setup)
@@ -94,6 +97,7 @@ class Metrics:
         rows += joined_rows(rows, tiles, self.others, self.folder)
         frame = make_frame(self.setup, self.about)
         content = {**frame, "rows": rows, "tiles": tiles, "inputs": "pictures/inputs.png"}
+        content["warnings"] = [*self.warnings, *self.left_out]
         if self.setup.suite == TOYWORLD:
             content["goals"] = goals(content)
         with atomic_write(self.folder / METRICS) as temporary:
@@ -124,6 +128,7 @@ class Metrics:
             "options": {name: _plain(value) for name, value in row.entry.options.items()},
             "steps": None if base else row.steps,
             "rates": None if base or not row.steps else [float(rate) for rate in row.rates],
+            "rate_choice": None if base or not row.steps or not any(row.rates) else row.choice._asdict(),
             "made_with": self._made_with[row.name],
             "seconds": _seconds(made),
             "devices": sorted({each.device for each in made}),

@@ -10,18 +10,20 @@ a unit of its own below `FOLDER/sweep/`, so a sweep goes on where it was killed 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datencoder_jax.benchmark.entries import Row
+from datencoder_jax.benchmark.learning_rates import CHOSEN, RateChoice
 from datencoder_jax.benchmark.making import open_suite
 from datencoder_jax.benchmark.run import execute
 from datencoder_jax.benchmark.suites import PRODUCT, Setup, means
 from datencoder_jax.benchmark.units import Unit, folder_of, make_units, of_row, read_made
 from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.errors import UserError
+from datencoder_jax.evaluation.suite import instances
 from datencoder_jax.typing import LearningRates
 
 RATES = "rates.json"
@@ -104,12 +106,12 @@ def sweep(folder: Path, setup: Setup, rows: Sequence[Row], count: int, run: Call
         for climb in active:
             climb.move()
             if climb.done and climb.tried[climb.best][PRODUCT] > _FAILED:
-                _record(folder, climb)
+                _record(folder, climb, count)
     return settled
 
 
 def read_rates(path: Path) -> dict[str, Any]:
-    """A file of rates: `chosen` and `tried`, by row.
+    """A file of rates: `chosen`, `tried`, and as far as it is known what they were `chosen_on`, by row.
 
     Raises:
         UserError: it is missing, damaged, or something else.
@@ -119,6 +121,7 @@ def read_rates(path: Path) -> dict[str, Any]:
         if content["format"] != _FORMAT:
             raise ValueError("it is of another kind")
         {name: LearningRates(*map(float, rates)) for name, rates in content["chosen"].items()}
+        [(about.get("individuals"), about.get("classes")) for about in content.get("chosen_on", {}).values()]
     except FileNotFoundError:
         raise UserError(f"There is no file of learning rates {path}; --sweep writes one.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,11 +131,22 @@ def read_rates(path: Path) -> dict[str, Any]:
 
 def with_rates(rows: Sequence[Row], path: Path) -> tuple[list[Row], list[str]]:
     """The rows at the rates chosen in a file, and the names of those it says nothing of, which keep theirs."""
-    chosen = read_rates(path)["chosen"]
+    content = read_rates(path)
+    chosen = content["chosen"]
     told = _rated(rows)
     missing = [row.name for row in told if row.name not in chosen]
-    found = {row.name: LearningRates(*chosen[row.name]) for row in told if row.name in chosen}
-    return [replace(row, rates=found.get(row.name, row.rates)) for row in rows], missing
+    found = {
+        row.name: replace(row, rates=LearningRates(*chosen[row.name]), choice=_choice(content, row.name))
+        for row in told
+        if row.name in chosen
+    }
+    return [found.get(row.name, row) for row in rows], missing
+
+
+def _choice(content: Mapping[str, Any], name: str) -> RateChoice:
+    """On how many individuals a row's rates were chosen, as far as the file says."""
+    about = content.get("chosen_on", {}).get(name, {})
+    return RateChoice(CHOSEN, about.get("individuals"), about.get("classes"))
 
 
 def _rated(rows: Sequence[Row]) -> list[Row]:
@@ -159,10 +173,12 @@ def _measure(setup: Setup, units: Sequence[Unit]) -> dict[str, float]:
     return {name: round(float(value.mean()), 4) for name, value in each.items()}
 
 
-def _record(folder: Path, climb: Climb) -> None:
+def _record(folder: Path, climb: Climb, count: int) -> None:
     path = folder / RATES
     content = read_rates(path) if path.exists() else {"format": _FORMAT, "chosen": {}, "tried": {}}
     content["chosen"][climb.row.name] = list(climb.rates(climb.best))
     content["tried"][climb.row.name] = list(climb.tried.values())
+    classes = len({individual.cls for individual in instances("development", count)})
+    content.setdefault("chosen_on", {})[climb.row.name] = {"individuals": count, "classes": classes}
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

@@ -10,13 +10,15 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from datencoder_jax.benchmark.entries import BASE, Row, parse_entries, slug
+from datencoder_jax.benchmark.learning_rates import CHOSEN, DEFAULT, NAMED, RateChoice
 from datencoder_jax.benchmark.making import Made, open_pipeline, open_suite
 from datencoder_jax.benchmark.suites import Setup, digest
 from datencoder_jax.checkpoints.atomic import atomic_write
@@ -145,18 +147,40 @@ def enter(folder: Path, setup: Setup, rows: Sequence[Row], seeds: int) -> tuple[
     elif (folder / "units").exists():
         raise UserError(f"{folder} holds units but no {SETTINGS}, so nobody knows what they are; choose another --out.")
     seeds = max(seeds, old["seeds"])
-    merged = {"format": _FORMAT, "settings": content, "seeds": seeds, "rows": old["rows"] | told}
+    choices = _choices(old, rows, told)
+    merged = {"format": _FORMAT, "settings": content, "seeds": seeds, "rows": old["rows"] | told, "choices": choices}
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(merged, indent=1) + "\n", "utf-8")
-    return [*rows, *rows_of({name: about for name, about in old["rows"].items() if name not in told})], seeds
+    rows = [replace(row, choice=RateChoice(*choices[row.name])) for row in rows]
+    return [*rows, *rows_of({name: about for name, about in old["rows"].items() if name not in told}, choices)], seeds
 
 
-def rows_of(told: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Rows as settings tell of them."""
-    # Names are read with their steps, since labels too may hold an @.
-    return [
-        Row(parse_entries([name])[0], about["steps"], LearningRates(*about["rates"])) for name, about in told.items()
-    ]
+def rows_of(
+    told: Mapping[str, Mapping[str, Any]], choices: Mapping[str, Sequence[Any]] = MappingProxyType({})
+) -> list[Row]:
+    """Rows as settings tell of them; where their rates come from is inferred where `choices` does not say."""
+    rows = []
+    for name, about in told.items():
+        # Names are read with their steps, since labels too may hold an @.
+        entry, rates = parse_entries([name])[0], LearningRates(*about["rates"])
+        source = NAMED if "rates" in entry.options else DEFAULT if rates == entry.rates else CHOSEN
+        choice = RateChoice(*choices[name]) if name in choices else RateChoice(source)
+        rows.append(Row(entry, about["steps"], rates, choice))
+    return rows
+
+
+def _choices(old: Mapping[str, Any], rows: Sequence[Row], told: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Where every row's rates come from, by name.
+
+    A row that now has its method's rates and had the same ones before, chosen, still has chosen ones.
+    """
+    before = old.get("choices", {})
+    found = {name: list(choice) for name, choice in before.items()}
+    for row in rows:
+        same = row.name in before and old["rows"].get(row.name, {}).get("rates") == told[row.name]["rates"]
+        if not (same and row.choice.source == DEFAULT):
+            found[row.name] = list(row.choice)
+    return found
 
 
 def seeds_of(folder: Path) -> int:

@@ -22,6 +22,9 @@ _DTYPES = {"auto": "auto", "bf16": "bfloat16", "f16": "float16", "f32": "float32
 def run(args: Namespace) -> None:
     """Does what is not done yet, and writes metrics, pictures and the report from all that is."""
     setup = make_setup(args)
+    cautions = find_cautions(setup)
+    for sentence in cautions:
+        warnings.warn(sentence, stacklevel=1)
     args.out = check_writable(args.out)
     if setup.suite not in (TOYWORLD, DREAMBENCH) and args.out.resolve() == Path(setup.suite).resolve():
         raise UserError(
@@ -57,7 +60,7 @@ def run(args: Namespace) -> None:
     rows, seeds = enter(args.out, setup, rows, seeds)
     units = make_units(args.out, rows, setup, seeds)
     about = make_about(setup, seeds, command, device, jobs=jobs)
-    metrics = Metrics(args.out, setup, rows, units, about, others)
+    metrics = Metrics(args.out, setup, rows, units, about, others, cautions)
     for sentence in (*metrics.suite.missing, *metrics.left_out):
         say(sentence)
     try:
@@ -108,8 +111,6 @@ def make_setup(args: Namespace) -> Setup:
         suite = str(expand_user(suite))
         if not Path(suite).is_dir():
             raise UserError(f"There is no suite and no folder {suite}; choose toyworld, dreambench or a folder.")
-    if suite != TOYWORLD and args.model == TOYWORLD:
-        warnings.warn(ONLY_TOYS, stacklevel=1)
     names = ("word", "split", "instances", "model", "encoder", "vision", "memory", "prediction_type", "draws")
     names += ("sampler", "sampling_steps", "guidance", "resolution", "clip", "dino")
     return Setup(
@@ -120,6 +121,11 @@ def make_setup(args: Namespace) -> Setup:
         compute_dtype=_DTYPES[args.compute],
         **{name: getattr(args, name) for name in names},
     )
+
+
+def find_cautions(setup: Setup) -> list[str]:
+    """Sentences on what makes the numbers of a run say less than they seem to, for the terminal and the report."""
+    return [ONLY_TOYS] if setup.suite != TOYWORLD and setup.model == TOYWORLD else []
 
 
 def _jobs(jobs: int) -> int:

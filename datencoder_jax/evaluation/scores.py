@@ -5,9 +5,11 @@
     prompt      whether the asked scene, style, accessory and the class are read
     copying     whether the scene of the *input* picture is read although another was asked for
 
-Intervals come from resampling individuals (the pictures of one individual are not independent of each other).
+Intervals come from resampling individuals (the pictures of one individual are not independent of each other), and
+there are none of fewer than `MIN_SUBJECTS`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,14 +19,26 @@ from datencoder_jax.toyworld.world import SCENES, Context, Instance
 
 ATTRIBUTES = ("main", "second", "accent", "pattern", "trim")
 PROMPT = ("class", "scene", "style", "accessory")
+MIN_SUBJECTS = 6
+"""The fewest individuals that have an interval, and so a verdict.
+
+Resampling can give no wider interval than the range of the values. With n independent values the median of their
+distribution lies outside that range with a chance of 2 / 2^n, which is below 5 % from n = 6 on: intervals of fewer
+would claim a coverage that no interval made of these values can have.
+"""
 
 
 class Interval(NamedTuple):
-    """A mean and its 95 % interval (or another coverage)."""
+    """A mean and its 95 % interval (or another coverage), whose ends are NaN where there is none."""
 
     mean: float
     low: float
     high: float
+
+    @property
+    def certain(self) -> bool:
+        """Whether there is an interval, and not the mean alone."""
+        return not math.isnan(self.low)
 
 
 def identity(generated: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -89,17 +103,22 @@ def correct(read: Mapping[str, np.ndarray], name: str, wanted: Sequence[int]) ->
 
 
 def bootstrap(values: np.ndarray, n: int = 2000, seed: int = 0, coverage: float = 0.95) -> Interval:
-    """Mean of `values` and its percentile bootstrap interval.
+    """Mean of `values` and its percentile bootstrap interval; of fewer than `MIN_SUBJECTS` the mean alone.
 
     Args:
         values: one value per individual, `[instances]`; for two methods on the same individuals give the differences.
         n: resamples, each of as many individuals drawn with replacement.
         seed: of the draws.
         coverage: of the interval.
+
+    Returns:
+        The mean and the ends, which are NaN where the values are too few.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"bootstrap takes one value per individual, got shape {list(values.shape)}")
+    if len(values) < MIN_SUBJECTS:
+        return Interval(float(values.mean()), np.nan, np.nan)
     draws = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
     low, high = np.quantile(values[draws].mean(axis=1), [(1 - coverage) / 2, (1 + coverage) / 2])
     return Interval(float(values.mean()), float(low), float(high))

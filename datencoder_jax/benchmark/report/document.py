@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from datencoder_jax.benchmark.learning_rates import lacks_chosen_rates
 from datencoder_jax.benchmark.report.pictures import Gallery
 from datencoder_jax.benchmark.report.plots import Plot
-from datencoder_jax.benchmark.report.results import Results, Row, capital, verdict
+from datencoder_jax.benchmark.report.results import Results, Row, capital, row_verdict
 from datencoder_jax.benchmark.report.tables import (
     Cell,
     Line,
@@ -23,13 +24,20 @@ from datencoder_jax.benchmark.report.tables import (
     steps_table,
 )
 from datencoder_jax.benchmark.suites import PRODUCT
+from datencoder_jax.evaluation.scores import MIN_SUBJECTS
 
 NO_PLOTS = (
     'There are no plots, for matplotlib is not installed: pip install "datencoder_jax[report]" and run the same '
     "command again; what is measured already is kept."
 )
 _BEST = "Bold: the best of a column among the methods. ≈: its interval overlaps the best one's."
-_INTERVALS = "Brackets hold 95 % bootstrap intervals over subjects."
+_INTERVALS = f"Brackets hold 95 % bootstrap intervals over subjects, {MIN_SUBJECTS} at least."
+VERDICTS: Mapping[bool | None, tuple[str, str]] = {
+    True: ("met", "✓ met"),
+    False: ("missed", "✗ missed"),
+    None: ("open", "– no verdict"),
+}
+"""How a goal is marked and what is said of it, by its `met`."""
 
 
 class Figure(NamedTuple):
@@ -102,6 +110,12 @@ def sections(results: Results, plots: Mapping[str, Plot] | None, galleries: Sequ
     return [section for section in made if section.blocks]
 
 
+def goal_details(goal: Mapping[str, Any]) -> list[str]:
+    """What stands beside a goal's verdict: its numbers, why there is no verdict, unequal choices of learning rates."""
+    reason = f"no verdict: {goal['reason']}" if goal.get("reason") else ""
+    return [str(detail) for detail in (goal.get("numbers"), reason, goal.get("effort")) if detail]
+
+
 def title(results: Results) -> str:
     """Of the whole."""
     return f"Evaluation on {results.suite}" if results.suite else "Evaluation"
@@ -120,7 +134,16 @@ def measured(results: Results) -> str:
 
 
 def _headline(results: Results) -> list[Block]:
-    main, blocks = results.main, []
+    main = results.main
+    blocks: list[Block] = [f"Warning: {sentence}" for sentence in results.warnings]
+    if len(results.subjects) < MIN_SUBJECTS:
+        count = _count(len(results.subjects), "subject")
+        blocks.append(f"There are no intervals and no verdicts: {count} of the {MIN_SUBJECTS} that they take at least.")
+    if defaults := [row.name for row in results.methods if lacks_chosen_rates(row.rate_choice)]:
+        blocks.append(
+            f"There are no verdicts on {_listed(defaults)}: their learning rates are the method's defaults, which "
+            "nobody chose for this suite."
+        )
     if main is not None:
         figures = [
             Figure(score.title, interval_cell(main.interval(score.name), score), _standing(results, main, score))
@@ -142,9 +165,10 @@ def _headline(results: Results) -> list[Block]:
 def _standing(results: Results, main: Row, score) -> str:
     """How many others the main row is told from, and which way."""
     others = [row for row in results.methods if row is not main]
-    said = [verdict(main.minus(row, score.name), score) for row in others]
+    said = [row_verdict(main, row, score) for row in others]
     counts = [f"{word} than {said.count(word)}" for word in ("better", "worse") if said.count(word)]
     counts += [f"undecided with {said.count('undecided')}"] if said.count("undecided") else []
+    counts += [f"no verdict on {said.count('')}"] if counts and said.count("") else []
     return f"{', '.join(counts)} of {len(others)} other rows" if counts else ""
 
 
@@ -159,7 +183,8 @@ def _differences(results: Results) -> list[Block]:
     note = (
         f"{results.main.name} minus each other row, over the subjects that both have. The verdict is about "
         f"{results.main.label}: better or worse where the 95 % interval of the mean difference excludes 0, else "
-        "undecided. Intervals are not widened for the number of comparisons."
+        "undecided. Intervals are not widened for the number of comparisons. There is no verdict where a row's "
+        f"learning rates are defaults, or where fewer than {MIN_SUBJECTS} subjects have both."
     )
     return [note, table]
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from datencoder_jax.benchmark.report.document import Block, Command, Goals, Lead, Named, Pairs, Section, measured, title
+from datencoder_jax.benchmark.report.document import (
+    VERDICTS,
+    Block,
+    Command,
+    Goals,
+    Lead,
+    Named,
+    Pairs,
+    Section,
+    goal_details,
+    measured,
+    title,
+)
 from datencoder_jax.benchmark.report.pictures import Gallery
 from datencoder_jax.benchmark.report.results import Results
 from datencoder_jax.benchmark.report.tables import Cell, Line, Table
@@ -39,8 +51,8 @@ def _block(block: Block) -> str:
             return f"{fence}sh\n{text}\n{fence}"
         case Goals(goals):
             return "\n".join(
-                f"- {'✓ met' if goal.get('met') else '✗ missed'}: {_text(str(goal.get('text', '')))}"
-                + (f" ({_text(str(goal['numbers']))})" if goal.get("numbers") else "")
+                f"- {VERDICTS[goal.get('met')][1]}: {_text(str(goal.get('text', '')))}"
+                + "".join(f" ({_text(detail)})" for detail in goal_details(goal))
                 for goal in goals
             )
         case Pairs(pairs):

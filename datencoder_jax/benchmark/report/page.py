@@ -8,6 +8,7 @@ from html import escape
 
 from datencoder_jax.benchmark.report.colours import FAINT, INK, LIGHT, PAPER, RULE, Style, styles
 from datencoder_jax.benchmark.report.document import (
+    VERDICTS,
     Block,
     Command,
     Figure,
@@ -16,6 +17,7 @@ from datencoder_jax.benchmark.report.document import (
     Named,
     Pairs,
     Section,
+    goal_details,
     measured,
     title,
 )
@@ -160,8 +162,8 @@ def _figure(figure: Figure) -> str:
 
 
 def _goal(goal: Mapping) -> str:
-    name, sign = ("met", "✓ met") if goal.get("met") else ("missed", "✗ missed")
-    numbers = f"<small>{_number(str(goal['numbers']))}</small>" if goal.get("numbers") else ""
+    name, sign = VERDICTS[goal.get("met")]
+    numbers = "".join(f"<small>{_number(detail)}</small>" for detail in goal_details(goal))
     return f'<li class="{name}"><b>{sign}</b><span>{escape(str(goal.get("text", "")))}</span>{numbers}</li>'
 
 

@@ -6,7 +6,8 @@ on the subjects that both have, D the set of them:
     d(a, b) = 1/|D| sum_{s in D} (a_s - b_s)                                                        (1)
 
 whose interval comes from resampling D. `a` is better where the interval lies wholly on the good side of 0, worse where
-it lies wholly on the other, else it is undecided. Intervals are not widened for the number of comparisons.
+it lies wholly on the other, else it is undecided. Intervals are not widened for the number of comparisons. Fewer than
+`scores.MIN_SUBJECTS` subjects have no interval, and no verdict.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from datencoder_jax.benchmark.joining import FORMAT, JOINED, VERSION
+from datencoder_jax.benchmark.learning_rates import lacks_chosen_rates
 from datencoder_jax.benchmark.suites import PRODUCT
 from datencoder_jax.errors import UserError
 from datencoder_jax.evaluation.scores import Interval, bootstrap
@@ -77,6 +79,8 @@ class Row:
         pictures: the sheet of its tiles, relative to the folder; None if it has none.
         joined: command and device of the run that measured it, if that was another; it has no seconds then, which would
             say nothing beside this run's.
+        rate_choice: where its learning rates come from, as `learning_rates.RateChoice` has it; None where that is not
+            known, or there are none.
     """
 
     kind: str
@@ -93,6 +97,7 @@ class Row:
     unfinished: int = 0
     pictures: str | None = None
     joined: Mapping[str, str] | None = None
+    rate_choice: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -110,7 +115,7 @@ class Row:
     def interval(self, score: str, subjects: Sequence[int] | None = None) -> Interval | None:
         """The mean over `subjects` (all by default) that have a value; None if none has.
 
-        One subject has a mean but no interval: its ends are NaN.
+        Fewer than `scores.MIN_SUBJECTS` have a mean but no interval: its ends are NaN.
         """
         if (values := self.values.get(score)) is None:
             return None
@@ -142,6 +147,7 @@ class Results:
     tiles: Mapping[str, Any]
     inputs: str | None
     goals: Sequence[Mapping[str, Any]]
+    warnings: Sequence[str] = ()
 
     @cached_property
     def methods(self) -> list[Row]:
@@ -199,8 +205,8 @@ class Results:
 
 
 def verdict(difference: Interval | None, score: Score) -> str:
-    """ "better", "worse" or "undecided"; empty where there is nothing to compare."""
-    if difference is None:
+    """ "better", "worse" or "undecided"; empty where there is nothing to compare, or no interval."""
+    if difference is None or not difference.certain:
         return ""
     if difference.low > 0:
         return "better" if score.higher else "worse"
@@ -209,9 +215,19 @@ def verdict(difference: Interval | None, score: Score) -> str:
     return "undecided"
 
 
+def row_verdict(main: Row, other: Row, score: Score) -> str:
+    """The verdict on `main` against another row; empty too where the learning rates of either are defaults."""
+    if any(lacks_chosen_rates(row.rate_choice) for row in (main, other)):
+        return ""
+    return verdict(main.minus(other, score.name), score)
+
+
 def best_and_ties(intervals: Sequence[Interval | None], score: Score) -> tuple[set[int], set[int]]:
-    """Which are best (several if equal as shown), and which others' intervals overlap a best one's."""
-    known = {k: interval for k, interval in enumerate(intervals) if interval is not None}
+    """Which are best (several if equal as shown), and which others' intervals overlap a best one's.
+
+    Means without an interval are neither.
+    """
+    known = {k: interval for k, interval in enumerate(intervals) if interval is not None and interval.certain}
     if not known:
         return set(), set()
     top = (max if score.higher else min)(known.values(), key=lambda interval: interval.mean)
@@ -268,6 +284,7 @@ def _results(folder: Path, content: Mapping[str, Any]) -> Results:
         tiles=content.get("tiles") or {},
         inputs=content.get("inputs"),
         goals=content.get("goals") or [],
+        warnings=[str(sentence) for sentence in content.get("warnings") or ()],
     )
 
 
@@ -297,14 +314,13 @@ def _row(row: Mapping[str, Any], scores: Mapping[str, Score], subjects: int) -> 
         unfinished=int(row.get("unfinished") or 0),
         pictures=row.get("pictures"),
         joined=row.get(JOINED),
+        rate_choice=row.get("rate_choice"),
     )
 
 
 def _interval(values: np.ndarray) -> Interval | None:
     values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return Interval(float(values[0]), np.nan, np.nan) if len(values) else None
-    return _bootstrap(values.tobytes())
+    return _bootstrap(values.tobytes()) if len(values) else None
 
 
 @lru_cache(maxsize=16384)

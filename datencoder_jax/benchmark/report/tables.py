@@ -8,12 +8,14 @@ from itertools import groupby
 
 import numpy as np
 
-from datencoder_jax.benchmark.report.results import Results, Row, Score, best_and_ties, verdict
+from datencoder_jax.benchmark.learning_rates import describe_choice, differs_in_effort, lacks_chosen_rates
+from datencoder_jax.benchmark.report.results import Results, Row, Score, best_and_ties, row_verdict
 from datencoder_jax.evaluation.scores import Interval
 
 NOTHING = "–"
 _PROMPT_CHARACTERS = 60
 _PERSONALIZING = "predict + tune (s)"
+_CHOICE = "rates from"
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ def scores_table(
 
 
 def costs_table(results: Results) -> Table:
-    """What every row took: learning rates, seconds by stage, the size of the file, how many numbers were trained."""
-    head = ["learning rates", "predict (s)", "tune (s)", _PERSONALIZING, "draw (s)", "file", "trained numbers"]
+    """What every row took: learning rates and what they were chosen on, seconds, bytes, numbers that were trained."""
+    explained = any(row.rate_choice for row in results.methods)
+    words = ["learning rates", *([_CHOICE] if explained else [])]
+    head = [*words, "predict (s)", "tune (s)", _PERSONALIZING, "draw (s)", "file", "trained numbers"]
     counted: list[tuple[str, Callable[[Row], int]]] = [
         ("failed units", lambda row: len(row.failed)),
         ("units to come", lambda row: row.unfinished),
@@ -118,13 +122,14 @@ def costs_table(results: Results) -> Table:
         stages = [row.seconds.get("predict"), row.seconds.get("tune"), row.personalizing, row.seconds.get("draw")]
         cells = [
             Cell(" / ".join(_rate(rate) for rate in row.rates)) if row.rates else Cell(NOTHING),
+            *([Cell(describe_choice(row.rate_choice) or NOTHING)] if explained else []),
             *(_cell(value, seconds) for value in stages),
             _cell(row.bytes, file_size),
             _cell(row.trained, lambda value: f"{value:,.0f}"),
             *(_cell(count(row), str) for _, count in counted),
         ]
         lines.append(Line(row.label, cells, row.steps, row is results.main))
-    return Table("costs", [*head, *(name for name, _ in counted)], _by_label(lines), words=head[:1])
+    return Table("costs", [*head, *(name for name, _ in counted)], _by_label(lines), words=words)
 
 
 def steps_table(results: Results, score: Score) -> Table:
@@ -158,21 +163,30 @@ def prompts_table(results: Results, score: Score) -> Table | None:
 
 
 def differences_table(results: Results) -> Table | None:
-    """The main row minus every other on the same subjects, with verdicts; None without a main row."""
+    """The main row minus every other on the same subjects, with verdicts; None without a main row.
+
+    Where learning rates were not chosen alike, every row says what its own were chosen on.
+    """
     main = results.main
     if main is None:
         return None
+    unequal = any(differs_in_effort(main.rate_choice, row.rate_choice) for row in results.methods)
+    unequal = unequal or any(lacks_chosen_rates(row.rate_choice) for row in results.methods)
 
     def line(row: Row) -> Line:
         cells = []
         for score in results.leading:
             difference = main.minus(row, score.name)
-            cells.append(interval_cell(difference, score, verdict(difference, score) or "absent", sign=True))
+            cells.append(interval_cell(difference, score, row_verdict(main, row, score) or "absent", sign=True))
+        if unequal:
+            cells.append(Cell(describe_choice(row.rate_choice) or NOTHING))
         return Line(row.label, cells, row.steps if row.kind == "method" else None)
 
     head = [score.title for score in results.leading]
+    words = [f"{_CHOICE} ({main.name}: {describe_choice(main.rate_choice) or NOTHING})"] if unequal else []
     sections = _by_label([line(row) for row in results.methods if row is not main])
-    return Table("differences", head, sections, apart=[line(row) for row in results.references])
+    apart = [line(row) for row in results.references]
+    return Table("differences", [*head, *words], sections, apart=apart, words=words)
 
 
 def interval_cell(interval: Interval | None, score: Score, mark: str = "", sign: bool = False) -> Cell:
