@@ -5,8 +5,10 @@ item it is: the sources take turns in proportion to their weights, and each goes
 before any comes again. All that is drawn for the row (crop, mirroring, template) comes from a generator seeded with
 (seed, n), so batches are the same however many processes share them, and wherever a run is taken up again.
 
-An item that cannot be used is replaced by others of its source, drawn from the row's own generator, until one can. One
-that storage does not give for the moment is replaced in its row alone.
+A feed may hold pictures out (`data.held_out`): no row shows one, and `held_out` gives batches of nothing else.
+
+An item that cannot be used, or is held out, is replaced by others of its source, drawn from the row's own generator,
+until one can. One that storage does not give for the moment is replaced in its row alone.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import cast
 
 import numpy as np
 
 from datencoder_jax.data.folder import listed
-from datencoder_jax.data.items import DamagedItem, Prepared, Source, read_item
+from datencoder_jax.data.held_out import HeldOut
+from datencoder_jax.data.items import DamagedItem, Item, Prepared, Source, read_item
 from datencoder_jax.data.views import Crop, draw_crop, make_views
 from datencoder_jax.errors import UserError, is_passing, raise_if_passing
 
@@ -31,6 +35,9 @@ _LOUD = 10
 _ENOUGH = 64
 """After so many rows of a source the share of damaged items is trusted, and after so many items that storage did not
 give, one after the other, it is taken to be away."""
+_SPARE = 4
+"""So many held-out pictures are looked at for each that is asked for, since some may be damaged."""
+_WHOLE = Crop(1.0, 0.5, 0.5, False)
 
 _log = logging.getLogger("datencoder_jax")
 
@@ -50,6 +57,7 @@ class Feed:
         templates: how many there are to draw from.
         min_side: pictures of which fewer pixels than this a side would be shown are left out; None: half of
             `resolution`.
+        hold_out: whether some pictures are kept from all rows.
 
     Raises:
         UserError: a setting makes no sense, or Grain is not installed.
@@ -68,6 +76,7 @@ class Feed:
         flip: bool = True,
         templates: int = 1,
         min_side: int | None = None,
+        hold_out: bool = False,
     ):
         if not sources or len(weights) != len(sources):
             raise UserError(f"There are {len(sources)} sources of data and {len(weights)} weights; give one for each.")
@@ -84,6 +93,7 @@ class Feed:
         self._first = np.cumsum([0, *map(len, self.sources)]).tolist()
         self._order = _order([len(source) for source in self.sources], weights, seed)
         self._damage = [Damage(source) for source in self.sources]
+        self._held_out = [HeldOut(source) for source in self.sources] if hold_out else []
         parts = [f"{len(source)} {source.identity} {weight}" for source, weight in zip(sources, weights, strict=True)]
         self.identity = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
         """Changes when the sources' items, their order or the weights do."""
@@ -134,27 +144,57 @@ class Feed:
         concept = (self._first[which] + index // getattr(source, "views", 1)) % 2**31
         return {**values, "concepts": np.array(concept, np.int32), "templates": np.array(template, np.int32)}
 
+    def held_out(self, count: int, seed: int) -> dict[str, np.ndarray]:
+        """A batch of held-out pictures, each in its largest square and not mirrored.
+
+        Args:
+            count: how many rows; there are fewer where fewer are held out and can be used, and there may be none.
+            seed: of the choice.
+
+        Returns:
+            "images" and "vision", or the arrays of `Prepared` items, as `batch` gives them; empty without a picture.
+        """
+        rows: list[dict[str, np.ndarray]] = []
+        left = [held.indices(seed + which, _SPARE * count) for which, held in enumerate(self._held_out)]
+        turns = iter(range(_SPARE * count * max(len(left), 1)))
+        while left and len(rows) < count and (turn := next(turns, None)) is not None:
+            which = self.planned(turn)[0]
+            index = next(left[which], None)
+            values = None if index is None else self._arrays(which, index, _WHOLE)
+            if values is not None:
+                rows.append(values)
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
     def planned(self, number: int) -> tuple[int, int]:
         """The number of the source and that of the item in it which a row shows, unless the item is damaged."""
         return cast(tuple[int, int], self._order[number])
 
     def _values(self, which: int, index: int, crop: Crop) -> dict[str, np.ndarray] | None:
         """The arrays of an item, or None if it cannot be used."""
-        damage, values = self._damage[which], dict[str, np.ndarray]()
+        damage = self._damage[which]
         if damage.known(index):
             return None
         try:
             item = read_item(self.sources[which], index)
-            if isinstance(item, Prepared):
-                values |= item.arrays
-            else:
-                views = make_views(item, crop, self._sizes, self._min_side)
-                values |= zip(("images", "vision"), views, strict=False)
+            if self._held_out and self._held_out[which].contains(self._held_out[which].key(index, item)):
+                return None
+            values = self._shown(item, crop)
         except DamagedItem as error:
             damage.add(index, error)
             return None
         damage.usable()
         return values
+
+    def _arrays(self, which: int, index: int, crop: Crop) -> dict[str, np.ndarray] | None:
+        """As `_values`, of a picture that is held out, whose damage nobody counts."""
+        with suppress(DamagedItem):
+            return self._shown(read_item(self.sources[which], index), crop)
+        return None
+
+    def _shown(self, item: Item | Prepared, crop: Crop) -> dict[str, np.ndarray]:
+        if isinstance(item, Prepared):
+            return dict(item.arrays)
+        return dict(zip(("images", "vision"), make_views(item, crop, self._sizes, self._min_side), strict=False))
 
     def report(self) -> dict[str, int]:
         """What was left out by the sources, and what was found damaged so far by this process, by reason."""

@@ -73,6 +73,10 @@ class Folder:
             raise DamagedItem(printable(name), "empty")
         return Item(printable(name), picture, self._caption(path) if self._captioned[index] else None)
 
+    def picture_key(self, index: int) -> str:
+        """See `Source`."""
+        return printable(self._names[index])
+
     def _caption(self, path: Path) -> str | None:
         try:
             return path.with_suffix(".txt").read_text("utf-8", errors="replace").strip() or None

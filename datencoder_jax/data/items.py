@@ -14,6 +14,9 @@ import numpy as np
 
 from datencoder_jax.errors import is_passing
 
+OBJECT = " object "
+"""Stands in the key of an item between that of its picture and the object's number, where it shows one of several."""
+
 _WAITS = (0.1, 1.0)
 """Seconds before an item that storage did not give is asked for again."""
 
@@ -42,7 +45,9 @@ class Prepared(NamedTuple):
 class Source(Protocol):
     """Items by number; `source[index]` is a pure function of the index, safe in several threads.
 
-    A source in which every picture comes several times in a row, cropped differently, says how often in `views`.
+    A source whose items' keys are known without reading them, or of which several show one picture, says so in
+    `picture_key(index)`. One in which every picture comes several times in a row, cropped differently, says how often
+    in `views`.
     """
 
     name: str

@@ -83,10 +83,24 @@ class Shards:
                 caption = self._caption(file, text, text_size, index) if self._captions and text_size else None
         except OSError as error:
             raise DamagedItem(f"{self._names[shard]}:{index}", "cannot be read") from error
-        key = f"{self._names[shard]}:{_member_name(header)}"
+        key = self._key(shard, header, block)
         if len(picture) < size:
             raise DamagedItem(key, "cut short")
         return Item(key, picture, caption)
+
+    def picture_key(self, index: int) -> str:
+        """See `Source`: from the picture's header alone."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        block = int(self._items[index]["picture"])
+        try:
+            with self._files.opened(shard) as file:
+                return self._key(shard, os.pread(file, BLOCK, (block - 1) * BLOCK), block)
+        except OSError as error:
+            raise DamagedItem(f"{self._names[shard]}:{index}", "cannot be read") from error
+
+    def _key(self, shard: int, header: bytes, block: int) -> str:
+        cut = f"...#{block}" if b"\0" not in header[:100] else ""  # a name that is longer, or may be
+        return f"{self._names[shard]}:{_member_name(header)}{cut}"
 
     def _caption(self, file: int, block: int, size: int, index: int) -> str | None:
         content = os.pread(file, size & ~JSON, block * BLOCK)

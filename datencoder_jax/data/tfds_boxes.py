@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from datencoder_jax.checkpoints.atomic import atomic_write, save_tensors
 from datencoder_jax.compilation import cache_folder
-from datencoder_jax.data.items import DamagedItem, Item
+from datencoder_jax.data.items import OBJECT, DamagedItem, Item
 from datencoder_jax.data.reading import FORMATS
 from datencoder_jax.data.tfds_source import Pictures, Reader, digest
 from datencoder_jax.errors import UserError, raise_if_passing
@@ -75,12 +75,16 @@ class Objects:
     def __len__(self) -> int:
         return len(self._examples)
 
+    def picture_key(self, index: int) -> str:
+        """See `Source`: all objects of a picture have its key."""
+        return self._pictures.picture_key(int(self._examples[index]))
+
     def __getitem__(self, index: int) -> Item:
         example = int(self._examples[index])
         item = self._pictures[example]
         top, left, bottom, right = (self._boxes[index] / _UNITS).tolist()
         number = index % len(self) - int(np.searchsorted(self._examples, example))
-        return item._replace(key=f"{item.key} object {number}", box=(top, left, bottom, right))
+        return item._replace(key=f"{item.key}{OBJECT}{number}", box=(top, left, bottom, right))
 
 
 def _inner(pictures: Pictures, boxes: str) -> dict[str, Any]:

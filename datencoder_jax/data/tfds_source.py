@@ -81,9 +81,13 @@ class Pictures:
     def __len__(self) -> int:
         return len(self._records)
 
+    def picture_key(self, index: int) -> str:
+        """See `Source`."""
+        return f"{self.split}[{index}]"
+
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
-        key = f"{self.split}[{index}]"
+        key = self.picture_key(index)
         example = self.example(index, self._read, key)
         caption = example[self._caption].decode("utf-8", "replace") if self._caption else None
         return Item(key, example[self.image], caption)

@@ -4,6 +4,7 @@ It is trained on pairs of the embedded world, or on pictures from anywhere.
 """
 
 import json
+import logging
 import re
 import sys
 from dataclasses import dataclass, fields, replace
@@ -42,6 +43,8 @@ from datencoder_jax.typing import Params
 
 if TYPE_CHECKING:
     from datencoder_jax.data.feed import Feed
+
+_log = logging.getLogger("datencoder_jax")
 
 DESCRIPTION = "encoder.json"
 """In the work folder: configuration and base model of the encoder that its checkpoints are of."""
@@ -117,7 +120,7 @@ class Pictures:
 
 
 def picture_feed(config, base: Base, *, batch_size: int, seed: int) -> "Feed":
-    """The pictures of a recipe's `data` sections, in the sizes that VAE and vision tower see."""
+    """The pictures of a recipe's `data` sections, in the sizes that VAE and vision tower see; some are held out."""
     from datencoder_jax.data.feed import Feed  # with grain, which only pretraining needs
 
     sections = tuple(config.data)
@@ -129,6 +132,7 @@ def picture_feed(config, base: Base, *, batch_size: int, seed: int) -> "Feed":
         resolution=config.resolution,
         vision_size=base.eyes.config.image_size,
         templates=len(TEMPLATES),
+        hold_out=True,
         **config.augment,
     )
 
@@ -291,7 +295,14 @@ def _pictures(config, pipeline: Pipeline) -> tuple[Data, Previews]:
         parts = {name: weights_fingerprint(part.params) for name, part in (("vae", base.vae), ("vision", base.eyes))}
         shown = {name: config.augment[name] for name in ("crop", "flip") if name in config.augment}
         records.check(resolution=config.resolution, **shown, **parts)
-    few = picture_feed(config, base, batch_size=config.previews, seed=config.seed + 1).batch(0)
+    few = feed.held_out(config.previews, config.seed + 1)
+    if not few:
+        few = picture_feed(config, base, batch_size=config.previews, seed=config.seed + 1).batch(0)
+        if jax.process_index() == 0:
+            _log.warning(
+                "no picture could be held out of so few, so the previews, and scores of them, are of pictures that are "
+                "trained on"
+            )
     images = few["images"] if "images" in few else _decoded(base, few["moments"])
     ids = pipeline.tokenizer.encode([TEMPLATES[0].format(TOKEN)] * len(images), {TOKEN: 1})
     return Pictures(feed), Previews(images, ids, images)

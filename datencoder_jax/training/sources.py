@@ -31,10 +31,14 @@ class World:
     def __len__(self) -> int:
         return self.count
 
+    def picture_key(self, index: int) -> str:
+        """See `Source`."""
+        return f"{self.split}:{index}"
+
     def __getitem__(self, index: int) -> Item:
         item = sample_item(self.split, index, self.seed, self.classes)
         picture = render(Instance.from_id(item.instance_id), item.context, item.seed, self.size)
-        return Item(f"{self.split}:{index}", picture)
+        return Item(self.picture_key(index), picture)
 
 
 def _progress() -> dict[str, bool]:
