@@ -233,6 +233,64 @@ def test_names_that_are_no_text_are_told(tmp_path):
         read_albums(tmp_path, "thing", ["a {subject}"])
 
 
+PLUS = {"images/live/00.jpg": None, "captions/live/00.txt": "kitten\na kitten in the snow"}
+
+
+def write_files(folder, files, encoding="utf-8"):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(path) if text is None else path.write_bytes(text.encode(encoding))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        PLUS | {"captions/live/00.txt": "kitten\na kitten’s hat"},
+        {"a/1.png": None, "prompts.json": '{"object": ["a {subject}’s hat"]}'},
+        {"a/1.png": None, "subjects.json": '{"a": {"class": "cat’s toy"}}'},
+        {"dog/1.png": None, "prompts_and_classes.txt": "subject_name,class\ndog,dog’s toy"},
+    ],
+    ids=lambda files: list(files)[-1],
+)
+def test_texts_in_another_encoding_are_a_sentence(tmp_path, files, encoding):
+    write_files(tmp_path, files, encoding)
+    with pytest.raises(UserError, match=r"\.(txt|json) is not UTF-8 text \(byte \d+\); save it anew"):
+        read_albums(tmp_path, "thing", ["a {subject}"])
+
+
+def test_the_mark_of_windows_editors_is_no_part_of_a_text(tmp_path):
+    write_files(tmp_path / "plus", PLUS, "utf-8-sig")
+    assert read_albums(tmp_path / "plus", "thing", None)[0].word == "kitten"
+    write_files(tmp_path / "own", {"a/1.png": None, "subjects.json": '{"a": {"class": "toy"}}'}, "utf-8-sig")
+    assert read_albums(tmp_path / "own", "thing", ["a {subject}"])[0].word == "toy"
+
+
+def test_names_that_start_with_a_dot_are_no_pictures(tmp_path):
+    fork = b"\0\5\26\7 what a Mac keeps beside a file"
+    write_files(tmp_path / "one", {"a/00.png": None, "a/01.png": None, ".thumbnails/00.png": None})
+    write_files(tmp_path / "plus", PLUS)
+    write_files(tmp_path / "flat", {"00.png": None})
+    for name in (
+        "one/a/._00.png",
+        "one/._a.png",
+        "plus/captions/live/._00.txt",
+        "plus/captions/._live",
+        "flat/._00.png",
+    ):
+        (tmp_path / name).write_bytes(fork)
+    (tmp_path / "one" / ".thumbnails" / "00.txt").write_text("no caption")
+    [album] = read_albums(tmp_path / "one", "toy", ["a {subject}"])
+    assert album.name == "a" and [file.name for file in album.files] == ["00.png", "01.png"]
+    [album] = read_albums(tmp_path / "plus", "toy", None)
+    assert album.name == "live_00_kitten"
+    assert [album.name for album in read_albums(tmp_path / "flat", "toy", ["a {subject}"])] == ["00.png"]
+    (tmp_path / "flat" / "00.png").unlink()
+    with pytest.raises(UserError, match="holds no pictures"):
+        read_albums(tmp_path / "flat", "toy", ["a {subject}"])
+
+
 # what a run is of
 
 

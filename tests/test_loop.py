@@ -1,5 +1,6 @@
 """The training loop: what a step does, what a run leaves behind, and that an interrupted one goes on exactly."""
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from line_task import BATCH, BIAS, WEIGHT, Line, losses, newest, records, run, s
 
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import loop
+from datencoder_jax.training.logbook import FILE, Logbook
 from datencoder_jax.training.mesh import make_mesh
 from datencoder_jax.training.task import whole
 
@@ -57,6 +59,18 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(tmp_path, uninterrupted)
     same(run(tmp_path), uninterrupted[0])
     same(newest(tmp_path)[1]["state"], uninterrupted[1])
     assert records(tmp_path) == uninterrupted[2]
+
+
+@pytest.mark.parametrize(
+    "end", [b'{"step": 4, "lo', b'{"step": 4, "l\xff\xfe', b"\0" * 64, b"\xc3", b"7", b'{"loss": 1}']
+)
+def test_a_log_that_a_crash_cut_loses_its_last_line(tmp_path, end):
+    lines = [f'{{"step": {step}, "loss": 0.5}}\n'.encode() for step in (1, 2, 3)]
+    (tmp_path / FILE).write_bytes(b"".join(lines) + end)
+    with Logbook(tmp_path, 3, 6) as log:
+        log.metrics(4, {"loss": 0.25})
+    kept = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    assert kept[:3] == lines and json.loads(kept[3])["loss"] == 0.25 and len(kept) == 4
 
 
 def test_records_after_the_checkpoint_are_dropped(tmp_path, uninterrupted):

@@ -310,3 +310,65 @@ def test_several_processes_make_the_same_index(folder):
     (folder / "datencoder_index.safetensors").unlink()
     two = Shards(folder, processes=2)
     assert two.identity == one.identity and (two._items == one._items).all()
+
+
+# several tars in one file
+
+
+def joined(path, *parts):
+    """A file of several tars, as `cat` makes it."""
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    parts = tmp_path / "parts"
+    return [
+        write_tar(parts / f"{n}.part", [m for k in range(3) for m in triple(f"{k:03d}", 3 * n + k)]) for n in range(2)
+    ]
+
+
+def test_all_of_several_joined_tars_are_read(tmp_path, pair):
+    joined(tmp_path / "shards.tar", *pair)
+    source = Shards(tmp_path / "shards.tar", quiet=True)
+    assert source.report == {} and [item.caption for item in source] == [f"picture {k}" for k in range(6)]
+    assert [source[k].picture for k in range(6)] == [encoded(k) for k in range(6)]
+    long = joined(tmp_path / "long.tar", pair[0])
+    with long.open("ab") as file:  # zeros that are no whole record, and more than are looked at together
+        file.write(bytes(512 * 5000) + pair[1].read_bytes())
+    assert len(Shards(long, quiet=True)) == 6
+
+
+def test_damage_behind_a_tar_is_counted(tmp_path, pair):
+    file = tmp_path / "a.tar"
+    file.write_bytes(pair[0].read_bytes() + b"something else " * 99)
+    assert (len(Shards(file, quiet=True)), Shards(file, quiet=True).report) == (3, {"tar cut short": 1})
+    cut = tmp_path / "b.tar"
+    cut.write_bytes(pair[0].read_bytes() + pair[1].read_bytes()[:2000])
+    found = Shards(cut, quiet=True)
+    assert len(found) >= 3 and found.report == {"tar cut short": 1}
+    first = tmp_path / "c.tar"  # nobody can tell where the second begins
+    first.write_bytes(pair[0].read_bytes()[:2000] + pair[1].read_bytes())
+    assert "tar cut short" in Shards(first, quiet=True).report
+
+
+def test_zeros_behind_a_tar_are_no_damage(tmp_path, pair):
+    file = tmp_path / "a.tar"
+    file.write_bytes(pair[0].read_bytes() + bytes(100_000))
+    assert Shards(file, quiet=True).report == {}
+
+
+def test_an_index_of_the_first_tar_alone_is_made_anew(tmp_path, pair, monkeypatch):
+    joined(tmp_path / "a.tar", *pair)
+    with monkeypatch.context() as before:
+        before.setattr(tar_index, "_SCHEMA", "1")
+        before.setattr(tar_index, "_behind", lambda file, position: None)
+        assert len(Shards(tmp_path, quiet=True)) == 3
+    assert len(Shards(tmp_path, quiet=True)) == 6
+
+
+def test_names_that_start_with_a_dot_are_no_pictures(tmp_path):
+    members = [(".jpg", encoded(1)), ("._000.jpg", b"resource fork"), ("a/.jpg", encoded(2)), ("./000.jpg", encoded(3))]
+    source = Shards(write_tar(tmp_path / "a.tar", members), quiet=True)
+    assert [item.picture for item in source] == [encoded(3)] and source.report == {"unknown ending": 3}

@@ -77,8 +77,33 @@ def read_albums(folder: Path, word: str, prompts: Sequence[str] | None) -> list[
 
 
 def pictures_in(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that are pictures by their names, in order."""
-    return tuple(sorted(file for file in folder.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file()))
+    """The files of a folder that are pictures by their names, in order; names that start with a dot are none.
+
+    Macs write such names beside others ("._00.png"), with what Windows' file systems cannot keep in a file.
+    """
+    named = (file for file in folder.iterdir() if file.suffix.lower() in _ENDINGS and not file.name.startswith("."))
+    return tuple(sorted(file for file in named if file.is_file()))
+
+
+def _is_shown(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _text(path: Path) -> str:
+    """A text as it is, in UTF-8, without the mark that Windows' editors put before it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start + 1}); save it anew in that encoding.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
 
 
 def _described(folder: Path, word: str, prompts: Sequence[str] | None) -> list[Album]:
@@ -90,7 +115,7 @@ def _described(folder: Path, word: str, prompts: Sequence[str] | None) -> list[A
             "pictures, name their folder with --suite."
         )
     plain = tuple(prompts or ())
-    names = list(about) or [path.name for path in sorted(folder.iterdir()) if path.is_dir() and pictures_in(path)]
+    names = list(about) or [path.name for path in sorted(folder.iterdir()) if _is_shown(path) and pictures_in(path)]
     if not names:
         return [Album(file.name, word, (file,), plain) for file in pictures_in(folder)]
     albums = []
@@ -116,7 +141,7 @@ def _described(folder: Path, word: str, prompts: Sequence[str] | None) -> list[A
 
 def _json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(_text(path))
         if not isinstance(content, dict):
             raise ValueError("it is not an object")
         return content
@@ -135,12 +160,12 @@ def listed(folder: Path) -> list[str]:
 
 
 def _classes(path: Path) -> list[tuple[str, str]]:
-    return re.findall(r"^([\w-]+),([\w -]+)$", path.read_text("utf-8"), re.MULTILINE)
+    return re.findall(r"^([\w-]+),([\w -]+)$", _text(path), re.MULTILINE)
 
 
 def _dreambench(folder: Path) -> list[Album]:
     path = folder / _LIST
-    text, classes = path.read_text("utf-8"), _classes(path)
+    text, classes = _text(path), _classes(path)
     lists = [re.findall(r"^'(.*)'\.format", part, re.MULTILINE) for part in text.split("prompt_list")[1:]]
     if len(lists) != 2 or not classes:
         raise UserError(f"{path} is not DreamBench's: it holds {len(lists)} lists of prompts instead of 2.")
@@ -155,8 +180,8 @@ def _dreambench(folder: Path) -> list[Album]:
 def _dreambench_plus(folder: Path) -> list[Album]:
     """Named as its scripts name them: "live_subject_animal_00_kitten"."""
     albums = []
-    for captions in sorted((folder / "captions").glob("*/*.txt")):
-        lines = [line.strip() for line in captions.read_text("utf-8").strip().splitlines()]
+    for captions in sorted((folder / "captions").glob("[!.]*/[!.]*.txt")):
+        lines = [line.strip() for line in _text(captions).strip().splitlines()]
         if len(lines) < 2:
             raise UserError(f"{captions} is not DreamBench++'s: it holds no subject with prompts below it.")
         subject, *texts = lines

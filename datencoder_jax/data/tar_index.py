@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -36,8 +38,12 @@ ITEM = np.dtype([("picture", "<u4"), ("size", "<u4"), ("caption", "<u4"), ("capt
 JSON = 1 << 31
 """Set in `caption_size` when the caption is in a member `.json`, under "caption"."""
 
-_SCHEMA = "1"
+_SCHEMA = "2"
 _NAME = "datencoder_index.safetensors"
+
+Key = tuple[int, str]
+"""The number of an archive in its file, and a key in it."""
+_PART = 1 << 20  # bytes that are looked at together behind the end of a tar
 _SAVE_EVERY = 60.0  # seconds of indexing that may be lost
 
 
@@ -70,19 +76,21 @@ def scan(path: Path) -> tuple[np.ndarray, dict[str, int]]:
     """The items of one tar in the order of their pictures, `[n]` of `ITEM`, and what was left out, by reason.
 
     Items before the place where a tar is cut short or damaged are found; of pictures with the same key, the first.
+    Tars that were joined to one file are read one after the other, each with keys of its own.
 
     Raises:
         PassingError: storage is away for a while.
     """
     report: Counter[str] = Counter()
-    pictures: dict[str, tuple[int, int]] = {}
-    texts: dict[str, tuple[int, int]] = {}
-    jsons: dict[str, tuple[int, int]] = {}
+    pictures: dict[Key, tuple[int, int]] = {}
+    texts: dict[Key, tuple[int, int]] = {}
+    jsons: dict[Key, tuple[int, int]] = {}
     try:
-        for member in _members(path, report):
+        for number, member in _members(path, report):
             folder, _, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
-            key, ending, place = f"{folder}/{stem}", ending.lower(), (member.offset_data // BLOCK, member.size)
+            key, ending = (number, f"{folder}/{stem}"), ending.lower()
+            place = member.offset_data // BLOCK, member.size
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
@@ -91,7 +99,7 @@ def scan(path: Path) -> tuple[np.ndarray, dict[str, int]]:
                 texts.setdefault(key, place)
             elif ending == "json" and member.size < JSON:
                 jsons.setdefault(key, place)
-            elif ending not in PICTURES:
+            elif ending not in PICTURES or not stem:  # names that start with a dot are no pictures
                 report["unknown ending"] += 1
             elif not member.size:
                 report["empty"] += 1
@@ -112,41 +120,72 @@ def scan(path: Path) -> tuple[np.ndarray, dict[str, int]]:
     return items, dict(report)
 
 
-def _members(path: Path, report: Counter[str]) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar that are there in full."""
+def _members(path: Path, report: Counter[str]) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """The members of a tar that are there in full, each with the number of its archive: there may be several joined."""
     end = path.stat().st_size
     if not end:
         report["empty tar"] += 1
         return
     with open(path, "rb") as file:
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - holds nothing but the file
-        except OSError:
-            raise
-        except Exception:  # what is no tar makes `tarfile` fail in many ways
-            report["not a tar"] += 1
-            return
-        position = -1
-        while True:
+        start = 0
+        for number in count():
             try:
-                member = tar.next()
+                file.seek(start)
+                tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - holds nothing but the file
             except OSError:
                 raise
-            except Exception:
-                report["tar cut short"] += 1
+            except Exception:  # what is no tar makes `tarfile` fail in many ways
+                report["tar cut short" if number else "not a tar"] += 1
                 return
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - or it keeps them all
-            if member is None:
-                break
-            if not position < member.offset < tar.offset or member.offset_data + member.size > end:
-                report["tar cut short"] += 1  # or it claims sizes that lead back or beyond its end
+            for member in _archive(tar, start, end, report):
+                yield number, member
+            behind = None if report["tar cut short"] else _behind(file, tar.offset)
+            if behind is None:
                 return
-            position = member.offset
-            yield member
-        file.seek(tar.offset)
-        block = file.read(BLOCK)
-        if not block or block.strip(b"\0"):  # a tar that is whole ends in zeros
+            start = behind
+
+
+def _archive(tar: tarfile.TarFile, start: int, end: int, report: Counter[str]) -> Iterator[tarfile.TarInfo]:
+    """The members of one archive, from `start` in a file of `end` bytes on."""
+    position = start - 1
+    while True:
+        try:
+            member = tar.next()
+        except OSError:
+            raise
+        except Exception:
             report["tar cut short"] += 1
+            return
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - or it keeps them all
+        if member is None:
+            break
+        if not position < member.offset < tar.offset or member.offset_data + member.size > end:
+            report["tar cut short"] += 1  # or it claims sizes that lead back or beyond its end
+            return
+        position = member.offset
+        yield member
+    file = cast(BinaryIO, tar.fileobj)
+    file.seek(tar.offset)
+    block = file.read(BLOCK)
+    if not block or block.strip(b"\0"):  # a tar that is whole ends in zeros
+        report["tar cut short"] += 1
+
+
+def _behind(file: BinaryIO, position: int) -> int | None:
+    """Where something other than zeros follows the zeros at `position`, as when tars are joined with `cat`.
+
+    None if nothing does, or if there are no zeros: then the tar is damaged there.
+    """
+    file.seek(position)
+    zeros = False
+    while part := file.read(_PART):
+        rest = part.lstrip(b"\0")
+        ahead = (len(part) - len(rest)) // BLOCK * BLOCK
+        zeros = zeros or ahead > 0
+        if rest:
+            return position + ahead if zeros else None
+        position += len(part)
+    return None
 
 
 def build_index(root: Path, *, quiet: bool = False, processes: int = 1) -> TarIndex:

@@ -45,15 +45,16 @@ class Logbook:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
-                record = json.loads(line)
-            except ValueError:  # the run was killed while it wrote this line
-                continue
-            if first is not None and record["step"] <= first:
-                kept.append(line + "\n")
+                step = json.loads(line)["step"]
+                before = first is not None and step <= first
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # a crash left half a line, or bytes that are no text
+            if before:
+                kept.append(line + b"\n")
         aside = self.path.with_name(f".{FILE}")
-        aside.write_text("".join(kept), encoding="utf-8")
+        aside.write_bytes(b"".join(kept))
         aside.replace(self.path)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
