@@ -1,6 +1,7 @@
 """Batches: every row a pure function of its number, every item once a pass, every damaged one counted once."""
 
 import errno
+import json
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,17 @@ import grain
 import numpy as np
 import pytest
 from checkpoint_helpers import refuses
-from data_helpers import CAPTION_REPORT, INDEX_REPORT, READ_REPORT, TINY, Colours, damaged_folder, numbers
+from data_helpers import (
+    CAPTION_REPORT,
+    INDEX_REPORT,
+    READ_REPORT,
+    TINY,
+    Colours,
+    damaged_folder,
+    encoded,
+    numbers,
+    write_tar,
+)
 
 from datencoder_jax.data import items, throughput
 from datencoder_jax.data.feed import Feed
@@ -298,3 +309,57 @@ def test_the_throughput_of_made_up_pictures_and_of_a_folder(capsys, tmp_path):
     assert f"{tmp_path}, 4 pictures" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="There is no folder"):
         throughput.main([str(tmp_path / "missing")])
+
+
+# what several processes find
+
+
+def halves(source, count=2, **changes):
+    """Feeds of processes that each draw their part of every batch."""
+    options = {**TINY, **changes}
+    feeds = [Feed([source() for source in source], [1.0] * len(source), **options) for _ in range(count)]
+    part = options["batch_size"] // count
+    return feeds, [slice(k * part, (k + 1) * part) for k in range(count)]
+
+
+def exchange(feeds):
+    found = [json.loads(json.dumps(feed.findings())) for feed in feeds]
+    for feed in feeds:
+        for other, findings in zip(feeds, found, strict=True):
+            if other is not feed:
+                feed.add_findings(findings)
+    return found
+
+
+def test_damage_that_another_process_met_is_counted_once():
+    bad = {1, 2, 8, 15}
+    sources = [lambda: Colours(20, damaged=bad), lambda: Colours(12, damaged={3})]
+    feeds, rows = halves(sources)
+    alone = Feed([source() for source in sources], [1.0, 1.0], **TINY)
+    for step in range(3):
+        alone.batch(step)
+        for feed, part in zip(feeds, rows, strict=True):
+            feed.batch(step, part)
+        exchange(feeds)
+        assert feeds[0].report() == feeds[1].report() == alone.report()
+    for step in range(3, 24):  # many passes: each process meets all of them by itself
+        for feed, part in zip(feeds, rows, strict=True):
+            feed.batch(step, part)
+    exchange(feeds)
+    assert feeds[0].report() == feeds[1].report() == {"even": 2, "odd": 3}
+    assert exchange(feeds) == [[], []]  # nothing is told twice
+
+
+def test_captions_and_absent_storage_of_another_process_are_counted(tmp_path, monkeypatch):
+    members = [m for k in range(4) for m in ((f"{k}.jpg", encoded(k)), (f"{k}.txt", b"caf\xe9"))]
+    write_tar(tmp_path / "0.tar", members)
+    feeds, _ = halves([lambda: Shards(tmp_path, quiet=True)])
+    feeds[0].sources[0][0], feeds[1].sources[0][0], feeds[1].sources[0][3]  # captions are read with their pictures
+    exchange(feeds)
+    assert feeds[0].report() == feeds[1].report() == {"damaged caption": 2}
+    away = DamagedItem("0", "cannot be read")
+    away.__cause__ = OSError(errno.EIO, "Input/output error")
+    for feed in feeds:
+        feed._damage[0].add(0, away)
+    exchange(feeds)
+    assert feeds[0].report() == feeds[1].report() == {"damaged caption": 2, "cannot be read": 2}

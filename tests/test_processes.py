@@ -1,5 +1,6 @@
 """Two real processes of four CPU devices each, through `datencoder pretrain`: they train what one process trains."""
 
+import ast
 import contextlib
 import json
 import os
@@ -203,3 +204,43 @@ def test_a_process_that_does_not_come(recipe, tmp_path):
     ((status, out, err),) = Pair(recipe, tmp_path, absent=[1], timeout=2).ends()
     assert status == 1 and err.startswith("error: Not all processes at localhost:") and err.count("\n") == 1
     assert out[0].startswith("waiting for 2 processes") and not (tmp_path / "work").exists()
+
+
+METERS = """
+import sys
+from data_helpers import TINY, Colours
+from datencoder_jax.data.feed import Feed
+from datencoder_jax.training import distributed
+distributed.split_cpu(1)
+port, process = sys.argv[1:]
+with distributed.joined(f"localhost:{port}", 2, int(process)):
+    from datencoder_jax.training.encoder_stage import Pictures
+    source = Pictures(Feed([Colours(16, damaged={1, 6, 7})], [1.0], **TINY))
+    half = slice(0, 4) if process == "0" else slice(4, 8)
+    said = [source.report()]
+    for step in range(2):
+        source.batch(step, half)
+        said.append(source.report())
+    print("REPORT", said)
+"""
+
+
+def test_process_0_counts_what_another_met(tmp_path):
+    """Each draws its half of one pass over the data."""
+    port = str(free_port())
+    command = [sys.executable, "-c", METERS, port]
+    started = [
+        subprocess.Popen(
+            [*command, str(k)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for k in range(2)
+    ]
+    try:
+        ended = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = [line for out, _ in ended for line in out.splitlines() if line.startswith("REPORT")]
+    assert len(said) == 2 and said[0] == said[1], ended
+    before, _, after = ast.literal_eval(said[0].removeprefix("REPORT "))
+    assert before == {} and after == {"even": 1, "odd": 2}

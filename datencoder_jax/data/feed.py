@@ -18,15 +18,15 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from datencoder_jax.data.folder import listed
 from datencoder_jax.data.held_out import HeldOut
-from datencoder_jax.data.items import DamagedItem, Item, Prepared, Source, read_item
+from datencoder_jax.data.items import DAMAGED_CAPTION, DamagedItem, Item, Prepared, Source, read_item
 from datencoder_jax.data.views import Crop, draw_crop, make_views
 from datencoder_jax.errors import UserError, is_passing, raise_if_passing
 
@@ -38,6 +38,9 @@ give, one after the other, it is taken to be away."""
 _SPARE = 4
 """So many held-out pictures are looked at for each that is asked for, since some may be damaged."""
 _WHOLE = Crop(1.0, 0.5, 0.5, False)
+
+Finding = tuple[int, int | None, str]
+"""The number of a source, that of an item in it (None: storage did not give it for the moment), and what is wrong."""
 
 _log = logging.getLogger("datencoder_jax")
 
@@ -93,6 +96,8 @@ class Feed:
         self._first = np.cumsum([0, *map(len, self.sources)]).tolist()
         self._order = _order([len(source) for source in self.sources], weights, seed)
         self._damage = [Damage(source) for source in self.sources]
+        self._elsewhere: list[list[tuple[int | None, str]]] = [[] for _ in self.sources]
+        self._captions: list[set[int]] = [set() for _ in self.sources]  # damaged ones that others were told of
         self._held_out = [HeldOut(source) for source in self.sources] if hold_out else []
         parts = [f"{len(source)} {source.identity} {weight}" for source, weight in zip(sources, weights, strict=True)]
         self.identity = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
@@ -197,12 +202,34 @@ class Feed:
         return dict(zip(("images", "vision"), make_views(item, crop, self._sizes, self._min_side), strict=False))
 
     def report(self) -> dict[str, int]:
-        """What was left out by the sources, and what was found damaged so far by this process, by reason."""
+        """What was left out by the sources, and what was found damaged so far, by reason.
+
+        It counts what this process found, and what it was told of others' findings (`add_findings`), each item once.
+        """
         total: Counter[str] = Counter()
-        for source, damage in zip(self.sources, self._damage, strict=True):
+        for which, (source, damage) in enumerate(zip(self.sources, self._damage, strict=True)):
             total.update(source.report)
-            total.update(damage.report())
+            total.update(damage.report(self._elsewhere[which]))
+            captions = getattr(source, "damaged_captions", frozenset())
+            told = {index for index, reason in self._elsewhere[which] if reason == DAMAGED_CAPTION}
+            if further := told - captions:
+                total[DAMAGED_CAPTION] += len(further)
         return dict(total)
+
+    def findings(self) -> list[Finding]:
+        """What this process has found damaged since it was asked before."""
+        found: list[Finding] = []
+        for which, (source, damage) in enumerate(zip(self.sources, self._damage, strict=True)):
+            captions = set(getattr(source, "damaged_captions", ())) - self._captions[which]
+            self._captions[which] |= captions
+            found += [(which, index, reason) for index, reason in damage.news()]
+            found += [(which, index, DAMAGED_CAPTION) for index in sorted(captions)]
+        return found
+
+    def add_findings(self, findings: Iterable[Sequence[Any]]) -> None:
+        """Counts what another process has found, as its `findings` gave it; items are used or not as before."""
+        for which, index, reason in findings:
+            self._elsewhere[which].append((index, reason))
 
 
 def _order(lengths: list[int], weights: Sequence[float], seed: int):
@@ -225,8 +252,10 @@ class Damage:
     def __init__(self, source: Source):
         self._source = source
         self._lock = threading.Lock()
-        self._items: set[int] = set()
-        self._reasons: Counter[str] = Counter()
+        self._items: dict[int, str] = {}
+        self._passing: Counter[str] = Counter()
+        self._news: list[tuple[int | None, str]] = []
+        self._loud: Counter[str] = Counter()
         self._rows = self._damaged_rows = 0
         self._away = 0  # items one after the other that storage did not give
         self._last: DamagedItem | None = None  # of those
@@ -246,10 +275,12 @@ class Damage:
             if passing:  # it may be there the next time
                 self._away += 1
                 self._last = error
+                self._passing[error.reason] += 1
             else:
-                self._items.add(index)
-            self._reasons[error.reason] += 1
-            level = logging.WARNING if self._reasons[error.reason] <= _LOUD else logging.INFO
+                self._items[index] = error.reason
+            self._loud[error.reason] += 1
+            self._news.append((None if passing else index, error.reason))
+            level = logging.WARNING if self._loud[error.reason] <= _LOUD else logging.INFO
         _log.log(level, "%s: %s is left out: %s.", self._source.name, error.key, error.reason)
         if self._away >= _ENOUGH:
             self.raise_if_away()
@@ -272,6 +303,22 @@ class Damage:
                 "check the data."
             )
 
-    def report(self) -> dict[str, int]:
+    def report(self, elsewhere: Iterable[tuple[int | None, str]] = ()) -> dict[str, int]:
+        """How many items were damaged, by reason, with those that other processes met: of each item its number, None
+        for one that storage did not give for the moment, and the reason.
+        """
         with self._lock:
-            return dict(self._reasons)
+            items, reasons = dict(self._items), Counter(self._passing)
+        for index, reason in elsewhere:
+            if index is None:
+                reasons[reason] += 1
+            elif reason != DAMAGED_CAPTION:
+                items.setdefault(index, reason)
+        reasons.update(items.values())
+        return dict(reasons)
+
+    def news(self) -> list[tuple[int | None, str]]:
+        """What was added since this was asked before."""
+        with self._lock:
+            news, self._news = self._news, []
+        return news

@@ -14,6 +14,10 @@ import numpy as np
 
 from datencoder_jax.errors import is_passing
 
+DAMAGED_CAPTION = "damaged caption"
+"""The reason under which a source's `report` counts captions that it could not read as they are, though it used their
+pictures. Such a source has the items' numbers in `damaged_captions`."""
+
 OBJECT = " object "
 """Stands in the key of an item between that of its picture and the object's number, where it shows one of several."""
 

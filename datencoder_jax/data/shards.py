@@ -20,7 +20,7 @@ import numpy as np
 
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.data.folder import check_folder, listed, printable
-from datencoder_jax.data.items import DamagedItem, Item
+from datencoder_jax.data.items import DAMAGED_CAPTION, DamagedItem, Item
 from datencoder_jax.data.tar_index import BLOCK, JSON, build_index
 from datencoder_jax.errors import UserError
 
@@ -54,7 +54,7 @@ class Shards:
         self._names = [printable(shard.name) for shard in index.shards]
         folder = root if root.is_dir() else root.parent
         self._files = _Files([folder / shard.name for shard in index.shards])
-        self._report, self._damaged_captions = Counter(), set[int]()
+        self._report, self.damaged_captions = Counter(), set[int]()
         for shard in index.shards:
             self._report.update(shard.report)
         if not len(self._items):
@@ -67,7 +67,7 @@ class Shards:
     @property
     def report(self) -> dict[str, int]:
         """What was left out, and how many captions read so far were damaged."""
-        captions = {"damaged caption": len(self._damaged_captions)} if self._damaged_captions else {}
+        captions = {DAMAGED_CAPTION: len(self.damaged_captions)} if self.damaged_captions else {}
         return dict(self._report) | captions
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class Shards:
                 values = json.loads(text)
                 text = values.get("caption") if isinstance(values, dict) else None
         except (ValueError, RecursionError):
-            self._damaged_captions.add(index)  # adding to a set is atomic
+            self.damaged_captions.add(index)  # adding to a set is atomic
             text = None if size & JSON else content.decode("utf-8", "replace")
         return text.strip() or None if isinstance(text, str) else None
 

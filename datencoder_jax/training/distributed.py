@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from datencoder_jax.errors import PassingError, UserError, exit_status
 
@@ -123,6 +126,26 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
         if jax and jax.distributed.is_initialized():
             atexit.register(_leave, exit_status(error))  # what is registered last comes first, so before JAX's
         raise
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process gives, in the order of the processes; all have to call it together.
+
+    Args:
+        value: anything that JSON holds; it comes back as JSON gives it.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).tolist()
+    # Powers of two, since every size is a program of its own.
+    padded = np.zeros(max(64, 1 << (max(lengths) - 1).bit_length()), np.uint8)
+    padded[: len(text)] = text
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def _leave(status: int) -> None:

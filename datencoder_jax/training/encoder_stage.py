@@ -32,6 +32,7 @@ from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
 from datencoder_jax.toyworld.world import CLASSES, HELD_OUT
 from datencoder_jax.training.anchors import read_anchors
+from datencoder_jax.training.distributed import gather
 from datencoder_jax.training.e4t import E4TFrozen, E4TTask, E4TWeights
 from datencoder_jax.training.loop import fit, initial_key
 from datencoder_jax.training.mesh import make_mesh
@@ -112,6 +113,11 @@ class Pictures:
         return self.feed.batch(step, rows)
 
     def report(self) -> dict[str, int]:
+        """Damage by reason, whichever process met it; all processes have to ask for it together."""
+        here = jax.process_index()
+        for process, findings in enumerate(gather(self.feed.findings())):
+            if process != here:
+                self.feed.add_findings(findings)
         return self.feed.report()
 
     @property
