@@ -139,11 +139,15 @@ def test_a_rerun_removes_the_pictures_of_the_one_before(tmp_path, picture, calls
     assert main([*argv, "--num", "2"]) == 0
     assert {path.name for path in out.iterdir()} == kept | {"01_a-s_0.png", "01_a-s_1.png"}
     assert (tmp_path / "01_outside_0.png").exists()
-    assert main(["generate", "--prompt", "a robot", "--num", "1", "--out", str(out)]) == 0
+    drawing = ["generate", "--num", "1", "--out", str(out), "--prompt"]
+    assert main([*drawing, "a robot"]) == 2  # what another command has made stays
+    assert {path.name for path in out.iterdir()} == kept | {"01_a-s_0.png", "01_a-s_1.png"}
+    assert main([*drawing, "a robot", "--overwrite"]) == 0
     assert {path.name for path in out.iterdir()} == kept | {"01_a-robot_0.png"}
     for text in ("[]", "no JSON", '{"pictures": 3}', '{"pictures": [3]}'):
         (out / "report.json").write_text(text)
-        assert main(["generate", "--prompt", "a", "--num", "1", "--out", str(out)]) == 0
+        assert main([*drawing, "a"]) == 2 and (out / "report.json").read_text() == text
+        assert main([*drawing, "a", "--overwrite"]) == 0
     assert (out / "01_a-robot_0.png").exists()
 
 
@@ -164,10 +168,10 @@ def test_a_rerun_removes_the_exported_files_of_the_one_before(tmp_path, picture,
     assert main([*argv, "--export", "kohya", "--name", "toy"]) == 0
     assert names() == plain | {"toy.safetensors"} and listed() == ["toy.safetensors"]
     # Pictures of the concept leave its exported files alone, and in the list.
-    assert main(["generate", "--prompt", "a", "--num", "1", "--out", str(out)]) == 0
+    assert main(["generate", "--prompt", "a", "--num", "1", "--overwrite", "--out", str(out)]) == 0
     assert listed() == ["toy.safetensors"] and "toy.safetensors" in names()
 
-    assert main([*argv, "--export"]) == 0 and "toy.safetensors" not in names()
+    assert main([*argv, "--export", "--overwrite"]) == 0 and "toy.safetensors" not in names()
     (out / "README.md").write_text("mine")
     (tmp_path / "toy.safetensors").touch()
     (out / "other.safetensors").touch()

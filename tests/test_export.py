@@ -389,7 +389,7 @@ def test_the_command_takes_the_thumbnail_beside_the_concept(tmp_path, base, conc
     made = tmp_path / "made"
     export_concept(made, concept, TARGET, name="toy", kinds=["diffusers"])
     given = {"concept": made / "concept.safetensors", "samples": None, "name": "toy", "to": ["kohya"]}
-    choices = {"dtype": "auto", "compute": "auto", "prediction_type": None}
+    choices = {"dtype": "auto", "compute": "auto", "prediction_type": None, "overwrite": False}
     args = Namespace(**given, **choices, out=tmp_path / "out", base=str(base))
 
     def exported():

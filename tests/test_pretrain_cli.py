@@ -17,6 +17,7 @@ from line_task import run, settings
 from datencoder_jax.checkpoints.encoder_folder import describe_encoder, read_encoder
 from datencoder_jax.cli import main
 from datencoder_jax.commands.examples import EXAMPLES
+from datencoder_jax.commands.output_folder import lock_folder
 from datencoder_jax.errors import PassingError, UserError
 from datencoder_jax.training import distributed, loop
 from datencoder_jax.training.checkpoints import Checkpoints
@@ -74,6 +75,37 @@ def test_options_are_passed_on(recipe, tmp_path, stages, capsys):
     assert pretrain(recipe, "--workdir", work, "--processes", "1") == 0
     config, _, accept_changes = stages.calls[1]
     assert config.steps == 40 and not accept_changes
+
+
+def test_a_work_folder_is_one_runs_at_a_time(recipe, tmp_path, stages, capsys):
+    work = tmp_path / "work"
+    with lock_folder(work):
+        fails(capsys, "another run of datencoder writes there", "pretrain", "--config", recipe, "--workdir", work)
+    assert not stages.calls
+    assert pretrain(recipe, "--workdir", work) == 0 and not list(work.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "preview_0000001.png"])
+def test_a_work_folder_of_something_else_is_refused(recipe, tmp_path, stages, capsys, name):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / name).write_text('{"model_type": "clip"}')
+    argv = ["pretrain", "--config", recipe, "--workdir", tmp_path / "work"]
+    fails(capsys, f"somebody else that `datencoder pretrain` would replace: {name}; choose another --workdir", *argv)
+    assert not stages.calls and pretrain(recipe, "--workdir", tmp_path / "work", "--overwrite") == 0
+    (tmp_path / "work" / "config.json").write_text('{"optim": {}, "steps": 4}')  # a run's
+    assert pretrain(recipe, "--workdir", tmp_path / "work") == 0
+
+
+def test_an_encoder_is_not_to_replace_another_model(recipe, tmp_path, stages, capsys):
+    for folder in (tmp_path / "model", tmp_path / "work" / "encoder"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"_class_name": "CLIPVisionModel"}')
+    argv = ["pretrain", "--config", recipe, "--workdir"]
+    fails(capsys, "work/encoder: it holds another model", *argv, tmp_path / "work")
+    argv += [tmp_path / "new"]
+    fails(capsys, "model: it holds another model", *argv, "--export-encoder", tmp_path / "model")
+    fails(capsys, "model: it holds another model", *argv, "--set", f"output={tmp_path / 'model'}")
+    assert not stages.calls
 
 
 def test_the_recipe_is_printed_with_its_changes(recipe, tmp_path, stages, capsys):

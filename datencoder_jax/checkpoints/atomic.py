@@ -32,8 +32,8 @@ def atomic_write(path: str | Path, *, replaces: str | None = None, flushed: bool
     Args:
         path: the file or folder to write. An existing file is replaced.
         replaces: a file whose presence marks an existing folder at `path` as one of ours; such a folder (or an empty
-            one) is replaced as a whole. Any other folder is left alone: it may hold somebody's files, or
-            a run's checkpoints.
+            one) is replaced as a whole where it holds no files but such as the new one has. Any other folder is left
+            alone: it may hold somebody's files, or a run's checkpoints.
         flushed: the block itself flushes what it writes, and the caller the folder afterwards, so that nothing but the
             renaming is done on exit.
 
@@ -43,12 +43,13 @@ def atomic_write(path: str | Path, *, replaces: str | None = None, flushed: bool
     path = expand_user(path)
     temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
-        _check_destination(path, replaces)
+        check_destination(path, replaces)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if not flushed:
             flush(temporary)
         if path.is_dir() and any(path.iterdir()):
+            _check_contents(temporary, path)
             _swap_folder(temporary, path)
         else:
             os.replace(temporary, path)
@@ -122,7 +123,8 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
-def _check_destination(path: Path, replaces: str | None) -> None:
+def check_destination(path: Path, replaces: str | None) -> None:
+    """Raises `UserError` where `atomic_write` would not write a folder at `path`; arguments are those of it."""
     if not path.is_dir() or not any(path.iterdir()):
         return
     if replaces is None:
@@ -134,6 +136,14 @@ def _check_destination(path: Path, replaces: str | None) -> None:
             f"Cannot write {path}: the folder is not empty and holds no {replaces}, so it is not ours to replace; "
             "choose another name."
         )
+
+
+def _check_contents(new: Path, old: Path) -> None:
+    """Raises `UserError` where the folder `old` holds files that none of the folder `new` takes the place of."""
+    files = sorted(path.relative_to(old) for path in old.rglob("*") if not path.is_dir() and path.name != ".DS_Store")
+    for file in files:
+        if not (new / file).exists():
+            raise UserError(f"Cannot write {old}: it also holds {file}, which would be lost; choose another name.")
 
 
 def _swap_folder(new: Path, old: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from datencoder_jax.checkpoints.atomic import atomic_write, save_tensors
+from datencoder_jax.checkpoints.atomic import atomic_write, check_destination, save_tensors
 from datencoder_jax.checkpoints.layouts import to_torch_layout
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.weights import describing, read_json, read_params
@@ -17,6 +17,8 @@ from datencoder_jax.encoder.domain_encoder import DomainConfig, DomainEncoder
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
 from datencoder_jax.errors import UserError
 from datencoder_jax.models.module import Model, abstract_params
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 class _Kind(NamedTuple):
@@ -55,7 +57,7 @@ def write_encoder(folder: str | Path, encoder: Model, fingerprint: str, vision: 
     """Writes an encoder of either kind, whole or not at all.
 
     Args:
-        folder: made anew; one that already holds a `config.json` is replaced.
+        folder: made anew; one that holds an encoder, and nothing else, is replaced.
         fingerprint: of the base model it was trained on.
         vision: fingerprint of the vision tower it was trained with; "" if that is not known.
         dtype: the stored type.
@@ -63,12 +65,29 @@ def write_encoder(folder: str | Path, encoder: Model, fingerprint: str, vision: 
     Raises:
         UserError: the folder cannot be written, or a value does not fit into `dtype`.
     """
+    check_encoder_place(folder)
     arrays = to_torch_layout(encoder.params, abstract_params(encoder.kind, encoder.config), dtype=dtype)
     config = describe_encoder(encoder.config, fingerprint, vision)
-    with atomic_write(folder, replaces="config.json") as temporary:
+    with atomic_write(folder, replaces=_CONFIG) as temporary:
         temporary.mkdir()
-        save_tensors(temporary / "model.safetensors", arrays, {"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        save_tensors(temporary / _WEIGHTS, arrays, {"format": "pt"})
+        (temporary / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def check_encoder_place(folder: str | Path) -> None:
+    """Raises `UserError` where `write_encoder` would replace a folder that holds something else than an encoder."""
+    folder = expand_user(folder)
+    check_destination(folder, _CONFIG)
+    if not (folder / _CONFIG).is_file():
+        return
+    try:
+        is_encoder = read_json(folder / _CONFIG).get("_class_name") in _KINDS
+    except UserError:  # it cannot be read
+        is_encoder = False
+    others = sorted({path.name for path in folder.iterdir()} - {_CONFIG, _WEIGHTS, ".DS_Store"})
+    if not is_encoder or others:
+        what = f"it also holds {others[0]}" if is_encoder else "it holds another model than an encoder"
+        raise UserError(f"Cannot write {folder}: {what}, which would be lost; choose another name.")
 
 
 def read_encoder(folder: str | Path, fingerprint: str, vision: str) -> Model:
@@ -85,7 +104,7 @@ def read_encoder(folder: str | Path, fingerprint: str, vision: str) -> Model:
     folder = expand_user(folder)
     if not folder.is_dir():
         raise UserError(f"There is no encoder folder {folder}.")
-    path = folder / "config.json"
+    path = folder / _CONFIG
     values = read_json(path)
     kind = _KINDS.get(str(values.get("_class_name")))
     if kind is None:

@@ -80,6 +80,7 @@ def export_concept(
     sheet: bytes | None = None,
     thumbnail: bytes | None = None,
     scores: Mapping[str, Mapping[str, float]] | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Writes a concept's files into `folder`, all of them or none; other files there stay.
 
@@ -91,6 +92,7 @@ def export_concept(
         sheet: a PNG of samples, for the card.
         thumbnail: a small PNG or JPEG, which goes into the LoRA file for user interfaces.
         scores: of the concept for the card: numbers by their names, by path ("dual path", "soft path").
+        overwrite: replace files of somebody else too.
 
     Returns:
         The names of the files written.
@@ -106,7 +108,8 @@ def export_concept(
         writers["README.md"] = partial(_write_text, text=card)
         if sheet:
             writers["samples.png"] = partial(_write_bytes, content=sheet)
-    _check_ours(folder, writers)
+    if not overwrite:
+        _check_ours(folder, writers)
     if not writers:
         raise UserError(f"{concept.token} has no weight offsets, so there is no LoRA to write; export its embedding.")
     write_all(folder, writers)
@@ -153,6 +156,15 @@ def check_replaceable(folder: str | Path, kinds: Collection[str], name: str, pla
     Args:
         placeholders: how many the concept has.
     """
+    _check_ours(folder, exported_names(kinds, name, placeholders))
+
+
+def exported_names(kinds: Collection[str], name: str, placeholders: int = 1) -> list[str]:
+    """The files that exporting `kinds` as `name` writes, but for the concept's own and the sheet of samples.
+
+    Args:
+        placeholders: how many the concept has.
+    """
     vectors = (embedding_files.DIFFUSERS_FILE, f"{name}_emb.safetensors")
     for_diffusers, for_others = (embedding_files.numbered(file, placeholders) for file in vectors)
     files = {
@@ -161,7 +173,13 @@ def check_replaceable(folder: str | Path, kinds: Collection[str], name: str, pla
         "embedding": for_others,
         "card": ("README.md",),
     }
-    _check_ours(folder, [file for kind in kinds for file in files[kind]])
+    return [file for kind in kinds for file in files[kind]]
+
+
+def mentions_samples(folder: str | Path) -> bool:
+    """Whether a model card that `export_concept` wrote in `folder` shows the sheet of samples beside it."""
+    lines = _lines(expand_user(folder) / "README.md")
+    return MARK in lines and any("samples.png" in line for line in lines)
 
 
 def exported_files(folder: str | Path, names: Collection[str]) -> set[str]:
@@ -195,8 +213,8 @@ def _check_ours(folder: str | Path, names: Iterable[str]) -> None:
             continue
         if not ours:
             raise UserError(
-                f"{path} was not made by datencoder and would be replaced; choose another --out or --name, or other "
-                "kinds with --to (or --export)."
+                f"{path} was not made by datencoder and would be replaced; choose another --out or --name, other kinds "
+                "with --to (or --export), or add --overwrite."
             )
 
 

@@ -8,14 +8,19 @@ import shlex
 import sys
 import warnings
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 from datencoder_jax.benchmark.suites import DREAMBENCH, TOYWORLD, Setup
 from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.commands.output_folder import check_replaceable, lock_folder
 from datencoder_jax.commands.shared import ONLY_TOYS, announce_device, check_unicode, say
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
 
+SETTINGS = "settings.json"
+_WRITTEN = ("metrics.json", "report.md", "report.html", "pictures", "plots", "dreambench_plus")
+"""What a run writes beside its settings and units, which it checks by what is in them."""
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -30,7 +35,14 @@ def run(args: Namespace) -> None:
         raise UserError(
             f"--out is the folder of the pictures, {setup.suite}; name another one for what is made of them."
         )
+    # A report of what is there so far may be asked for while another run goes on.
+    with nullcontext() if args.report_only else lock_folder(args.out):
+        begun = (args.out / SETTINGS).exists()
+        check_replaceable(args.out, "evaluate", _WRITTEN, lambda _: begun, overwrite=args.overwrite)
+        _evaluate(args, setup)
 
+
+def _evaluate(args: Namespace, setup: Setup) -> None:
     device = announce_device()
     from datencoder_jax.benchmark import rates
     from datencoder_jax.benchmark.entries import make_rows, parse_entries, parse_steps

@@ -11,6 +11,7 @@ from typing import Any
 
 from datencoder_jax.checkpoints.hub import TOYWORLD
 from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.commands.output_folder import check_replaceable, lock_folder, read_report
 from datencoder_jax.commands.shared import (
     announce_device,
     check_texts,
@@ -21,11 +22,14 @@ from datencoder_jax.commands.shared import (
     listed_pictures,
     load,
     load_base_of,
+    picture_names,
     read_concept,
     write_run,
 )
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
+
+COMMAND = "generate"
 
 
 def run(args: Namespace) -> None:
@@ -34,6 +38,21 @@ def run(args: Namespace) -> None:
     check_texts(args.prompts)
     check_unicode(args.negative)
     args.out = check_writable(args.out)
+    with lock_folder(args.out):
+        _check_folder(args)
+        _generate(args, started)
+
+
+def _check_folder(args: Namespace) -> None:
+    """Raises `UserError` where the run would replace what no earlier one of `generate` has written there."""
+    listed, own = listed_pictures(args.out, "pictures"), set()
+    names = {"report.json", "samples.png", *picture_names(args.prompts, args.num)}
+    if read_report(args.out).get("command") == COMMAND:
+        own = {"report.json", "samples.png", *listed}
+    check_replaceable(args.out, COMMAND, names | listed, own.__contains__, overwrite=args.overwrite)
+
+
+def _generate(args: Namespace, started: float) -> None:
     files = [_with_weight(values, "--concept") for values in args.concept]
     loras = [_with_weight(values, "--lora") for values in args.lora]
     embeddings = [_with_token(values) for values in args.embedding]
@@ -78,7 +97,7 @@ def run(args: Namespace) -> None:
         {"file": str(file), "token": part.token, "nearest_word": part.nearest_word, "weight": weight}
         for file, part, weight in zip(names, parts, weights, strict=True)
     ]
-    report: dict[str, Any] = {"command": "generate", "concepts": told, "blend": made.report["blend"]}
+    report: dict[str, Any] = {"command": COMMAND, "concepts": told, "blend": made.report["blend"]}
     report |= {"loras": [{"file": str(file), "weight": weight} for file, weight in loras]}
     report |= {"sampler": args.sampler, "sampling_steps": args.sampling_steps, "guidance": made.report["guidance"]}
     report |= {"negative": args.negative} | given(args, "gate")

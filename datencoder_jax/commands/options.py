@@ -203,6 +203,7 @@ def _add_export(commands: Any) -> None:
     _add_name(add)
     add("--samples", type=Path, metavar="PNG", help="for the card (default: samples.png beside the concept)")
     add("--out", type=Path, required=True, metavar="DIR", help="where the files go; made if missing")
+    _add_overwrite(add)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -220,6 +221,7 @@ def _add_evaluate(commands: Any) -> None:
     add(
         "--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing, continued if not"
     )
+    _add_overwrite(add)
     add("--seeds", type=integer(1), metavar="N", help="of every subject (default: 2 for toyworld, 1 for photographs)")
     add("--num", type=integer(1), metavar="N", help="pictures per prompt (default: 1 for toyworld, 4 for photographs)")
     add("--instances", type=integer(1), metavar="N", help="subjects (default: 128 of toyworld, all photographed ones)")
@@ -329,12 +331,23 @@ def _add_drawing(add: Callable, blend: str) -> None:
     )
     add("--blend", type=number(0, 1), metavar="A", help=blend)
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
+    _add_overwrite(add)
+
+
+def _add_overwrite(add: Callable) -> None:
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace also what another command, or a person, has put there (default: only what an earlier run of this "
+        "command wrote)",
+    )
 
 
 def _add_pretrain(commands: Any) -> None:
     add = _add_command(commands, "pretrain", "train what a recipe says, on whatever devices there are")
     _add_recipe(add)
     add("--workdir", type=Path, metavar="DIR", help="checkpoints, metrics, previews; made if missing, continued if not")
+    _add_overwrite(add)
     add("--print-config", action="store_true", help="print the recipe with all changes as JSON, and do no more")
     add("--accept-changes", action="store_true", help="go on from checkpoints of a recipe that was another one")
     add(
@@ -406,6 +419,7 @@ def _add_check(commands: Any) -> None:
     add(
         "--out", type=Path, default=Path("out/check"), metavar="DIR", help="where the results go (default: %(default)s)"
     )
+    _add_overwrite(add)
 
 
 def _add_processes(add: Callable) -> None:
@@ -466,6 +480,7 @@ def _add_toyworld(commands: Any) -> None:
         help="enlarge the drawn picture without smoothing, which `personalize` undoes exactly (default: %(default)s)",
     )
     add("--out", type=Path, required=True, metavar="PNG", help="the file to write")
+    _add_overwrite(add)
 
 
 def _add_info(commands: Any) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from datencoder_jax.checkpoints.atomic import no_empty_folder
-from datencoder_jax.checkpoints.export import check_name, check_replaceable, choose_kinds, export_concept
+from datencoder_jax.checkpoints.export import check_name, choose_kinds, export_concept, exported_names
+from datencoder_jax.checkpoints.export import check_replaceable as check_exportable
 from datencoder_jax.checkpoints.hub import TOYWORLD
 from datencoder_jax.commands.export import png, target_of, thumbnail
+from datencoder_jax.commands.output_folder import CONCEPT, check_replaceable, lock_folder, read_report
 from datencoder_jax.commands.shared import (
     ONLY_TOYS,
     announce_device,
@@ -26,6 +30,8 @@ from datencoder_jax.commands.shared import (
     listed_exports,
     listed_pictures,
     load,
+    picture_names,
+    read_concept,
     say,
     write_run,
 )
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
     from datencoder_jax.pipeline import Pipeline
 
 
+COMMAND = "personalize"
+_DIGEST = "input_digest"
 _TOY = 64
 """Pixels along a side; pictures of the embedded model's own have half as many, however much they are enlarged."""
 
@@ -47,6 +55,21 @@ _TOY = 64
 def run(args: Namespace) -> None:
     """Personalizes, draws and writes."""
     started = time.perf_counter()
+    tokens, own = _check_options(args)
+    kinds = None if args.export is None else choose_kinds(args.export, METHODS[args.method].exports, args.method)
+    images = [read_image(path) for path in args.images]
+    if args.model == TOYWORLD and not all(map(_coarse, images)):
+        warnings.warn(ONLY_TOYS, stacklevel=1)
+    args.out = check_writable(args.out)
+    with lock_folder(args.out):
+        if kinds is not None and not args.overwrite:
+            check_exportable(args.out, kinds, args.name, len(tokens))
+        _check_folder(args, images, tokens, kinds, args.prompts or [])
+        _personalize(args, images, tokens, own, kinds, started)
+
+
+def _check_options(args: Namespace) -> tuple[list[str], dict[str, str] | None]:
+    """The placeholders and the method's own options; raises `UserError` for options that do not fit together."""
     method, tokens = METHODS[args.method], args.token.split()
     if not tokens or (" ".join(tokens) != args.token if method.several else tokens != [args.token]):
         raise UserError(f"The token {args.token!r} must be one word without spaces, such as S*.")
@@ -71,20 +94,24 @@ def run(args: Namespace) -> None:
     check_name(args.name)
     if args.prior is None and args.prior_pictures is not None:
         raise UserError("--prior-pictures says how many pictures --prior is to draw, and needs it.")
-    kinds = None if args.export is None else choose_kinds(args.export, method.exports, args.method)
-    images = [read_image(path) for path in args.images]
-    if args.model == TOYWORLD and not all(map(_coarse, images)):
-        warnings.warn(ONLY_TOYS, stacklevel=1)
-    args.out = check_writable(args.out)
-    if kinds is not None:
-        check_replaceable(args.out, kinds, args.name, len(tokens))
+    return tokens, own
 
+
+def _personalize(
+    args: Namespace,
+    images: list[np.ndarray],
+    tokens: list[str],
+    own: dict[str, str] | None,
+    kinds: Sequence[str] | None,
+    started: float,
+) -> None:
     device = announce_device()
     from datencoder_jax import api
     from datencoder_jax.compile_ahead import compiling_ahead
 
     pipeline = load(args, args.model)
     prompts = args.prompts or [prompt.replace("S*", " and a ".join(tokens)) for prompt in pipeline.prompts]
+    _check_folder(args, images, tokens, kinds, prompts)
     options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution")
     if args.prior is not None:
         options["prior"] = api.PriorOptions(args.prior_pictures or api.PriorOptions.pictures, args.prior)
@@ -100,43 +127,95 @@ def run(args: Namespace) -> None:
 
     with compiling_ahead(pipeline, run_without_weights) as seconds:
         tuned = api.personalize(pipeline, images, **options)
+        concept = _with_digest(tuned.concept, images)
         words = [{"word": str(word), "cosine": float(cosine)} for word, cosine in tuned.report["nearest_words"]]
         if words:
             say("nearest words: " + ", ".join(f"{entry['word']} {entry['cosine']:.2f}" for entry in words))
         # Written before the sampling, so that it is not lost should that fail.
-        _write_concept(args, tuned.concept)
-        made = api.generate(pipeline, prompts, concept=tuned.concept, **drawing)
+        _write_concept(args, concept)
+        made = api.generate(pipeline, prompts, concept=concept, **drawing)
     inputs = [fit_square(image, args.resolution or pipeline.resolution) for image in images]
-    names = [f"input{'' if index == 0 else f'_{index + 1}'}.png" for index in range(len(inputs))]
+    names = _input_names(images)
     stages = [tuned.report, made.report, {"seconds": {"compile": seconds}}]
     report = {
-        "command": "personalize",
+        "command": COMMAND,
         "inputs": [str(path) for path in args.images],
         "input_pictures": names,
         "method": args.method,
         "token": args.token,
-        "blend": tuned.concept.blend,
+        "blend": concept.blend,
         "steps": tuned.report["steps"],
-        "nearest_word": tuned.concept.nearest_word,
+        "nearest_word": concept.nearest_word,
         "nearest_words": words,
         "losses": tuned.report["losses"],
         "exported": [],
     } | common_report(args, pipeline, prompts, stages, device, started)
     sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, set())
     if kinds is not None:
-        card = "card" in kinds
+        scores = _scores(pipeline, concept, inputs, prompts, made.images, drawing) if "card" in kinds else None
         files = export_concept(
             args.out,
-            tuned.concept,
+            concept,
             target_of(pipeline),
             name=args.name,
             kinds=kinds,
             sheet=png(sheet),
             thumbnail=thumbnail(made.images[0, 0]),
-            scores=_scores(pipeline, tuned.concept, inputs, prompts, made.images, drawing) if card else None,
+            scores=scores,
+            overwrite=args.overwrite,
         )
         write_files(args.out, {"report.json": report | {"exported": sorted(files)}})
         say(f"exported {', '.join(sorted(files))}")
+
+
+def _input_names(images: Sequence[np.ndarray]) -> list[str]:
+    return [f"input{'' if index == 0 else f'_{index + 1}'}.png" for index in range(len(images))]
+
+
+def _check_folder(
+    args: Namespace,
+    images: Sequence[np.ndarray],
+    tokens: Sequence[str],
+    kinds: Sequence[str] | None,
+    prompts: Sequence[str],
+) -> None:
+    """Raises `UserError` where the run would replace what no earlier one of `personalize` has written there."""
+    report = read_report(args.out)
+    names = {"report.json", "samples.png", CONCEPT, *_input_names(images), *picture_names(prompts, args.num)}
+    names |= listed_pictures(args.out, "pictures", "input_pictures") | listed_exports(args.out)
+    if kinds is not None:
+        names |= set(exported_names(kinds, args.name, len(tokens)))
+    own: set[str] = set()
+    if report.get("command") == COMMAND:
+        own = {"report.json", "samples.png", CONCEPT, *listed_pictures(args.out, "pictures", "input_pictures")}
+        own |= listed_exports(args.out)
+    elif not (args.out / "report.json").exists() and _is_of_same_request(args, images):
+        own = {CONCEPT}  # an interrupted run has left it
+    check_replaceable(args.out, COMMAND, names, own.__contains__, overwrite=args.overwrite)
+
+
+def _with_digest(concept: Concept, images: Sequence[np.ndarray]) -> Concept:
+    """The concept with a digest of the pictures it was learnt from, by which a later run knows it again."""
+    return replace(concept, metadata=concept.metadata | {_DIGEST: _digest(images)})
+
+
+def _digest(images: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(str(image.shape).encode() + image.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_of_same_request(args: Namespace, images: Sequence[np.ndarray]) -> bool:
+    """Whether the concept in the output folder was learnt from these pictures in the way that the options say."""
+    try:
+        concept = read_concept(str(args.out / CONCEPT))
+    except UserError:  # there is none, or it cannot be read
+        return False
+    wanted = {_DIGEST: _digest(images)} | given(args, "method", "steps", "seed")
+    return concept.token == args.token and all(
+        concept.metadata.get(name) == str(value) for name, value in wanted.items()
+    )
 
 
 def _write_concept(args: Namespace, concept: Concept) -> None:
@@ -145,7 +224,7 @@ def _write_concept(args: Namespace, concept: Concept) -> None:
 
     earlier = listed_pictures(args.out, "pictures", "input_pictures") | listed_exports(args.out)
     with no_empty_folder(args.out):
-        save_concept(args.out / "concept.safetensors", concept)
+        save_concept(args.out / CONCEPT, concept)
     given_files = [os.path.realpath(path) for path in args.images]
     for name in earlier | {"samples.png"}:
         if os.path.realpath(args.out / name) not in given_files:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from datencoder_jax.commands.output_folder import lock_folder
 from datencoder_jax.commands.shared import say
+from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import distributed
 from datencoder_jax.training.recipes import load_recipe
@@ -20,10 +23,14 @@ def run(args: Namespace) -> None:
     if config.stage not in ("encoder", "e4t") or "concepts" in config.data:
         raise UserError(f"{args.config} does not train on sources of pictures: there is nothing to precompute.")
     with distributed.joined(args.coordinator, args.processes, args.process):
-        _precompute(args, config)
+        import jax
+
+        out, is_first = check_writable(args.out), jax.process_index() == 0
+        with lock_folder(out) if is_first else nullcontext():  # the processes of one run share the folder
+            _precompute(args, config, out)
 
 
-def _precompute(args: Namespace, config: Any) -> None:
+def _precompute(args: Namespace, config: Any, out: Path) -> None:
     import jax
 
     from datencoder_jax.data.folder import listed
@@ -34,7 +41,7 @@ def _precompute(args: Namespace, config: Any) -> None:
     pipeline, first = read_frozen(config), jax.process_index() == 0
     options = {"views": args.views, "batch_size": args.batch_size, "per_file": args.per_file}
     for number, section in enumerate(config.data):
-        folder: Path = args.out / str(number) if len(config.data) > 1 else args.out
+        folder: Path = out / str(number) if len(config.data) > 1 else out
         source = open_source(section)
         left_out = precompute(pipeline, source, config, folder, **options)
         if left_out:

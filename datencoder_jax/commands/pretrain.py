@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from datencoder_jax.checkpoints.atomic import CHECKPOINTS
-from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.checkpoints.encoder_folder import check_encoder_place
+from datencoder_jax.commands.output_folder import check_replaceable, lock_folder, read_json_object
 from datencoder_jax.commands.shared import device_name, say
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import distributed
 from datencoder_jax.training.recipes import load_recipe
+
+ENCODER_STAGES = ("encoder", "e4t")
 
 
 def run(args: Namespace) -> None:
@@ -25,7 +29,7 @@ def run(args: Namespace) -> None:
         return
     if args.workdir is None:
         raise UserError("Name the folder for checkpoints and metrics with --workdir.")
-    if args.export_encoder is not None and config.stage not in ("encoder", "e4t"):
+    if args.export_encoder is not None and config.stage not in ENCODER_STAGES:
         raise UserError(f"--export-encoder takes a recipe of an encoder; {args.config} is one of stage {config.stage}.")
     with distributed.joined(args.coordinator, args.processes, args.process):
         _train(args, config)
@@ -39,18 +43,41 @@ def _train(args: Namespace, config: Any) -> None:
     if first:
         say(f"device: {devices}")
     args.workdir = check_writable(args.workdir)
+    with lock_folder(args.workdir, "--workdir") if first else nullcontext():
+        if first:
+            _check_workdir(args)
+        _train_and_export(args, config)
+
+
+def _train_and_export(args: Namespace, config: Any) -> None:
+    import jax
+
     if args.export_encoder is not None:
         args.export_encoder = check_writable(args.export_encoder)
     for place in (config.get("output"), args.export_encoder):
         if place:
-            _check_result(expand_user(place), args.workdir)
+            _check_result(check_writable(place), args.workdir)
+            if config.stage in ENCODER_STAGES:
+                check_encoder_place(place)
+    if config.stage in ENCODER_STAGES and not config.get("output"):
+        check_encoder_place(args.workdir / "encoder")
     if args.export_encoder is None or not _is_complete(args, config):
         _run_stage(args, config)
-    if args.export_encoder is not None and first:
+    if args.export_encoder is not None and jax.process_index() == 0:
         from datencoder_jax.training.encoder_export import export_encoder
 
         step = export_encoder(args.workdir, args.export_encoder)
         say(f"wrote the encoder of step {step} to {args.export_encoder}")
+
+
+def _check_workdir(args: Namespace) -> None:
+    """Raises `UserError` where the run would replace files of something else than a training run."""
+    folder: Path = args.workdir
+    names = ["config.json", "encoder.json", "metrics.jsonl", "scores.json", *(p.name for p in folder.glob("preview_*"))]
+    is_run = {"optim", "steps"} <= read_json_object(folder / "config.json").keys()
+    if not (folder / "config.json").exists():
+        is_run = "base_fingerprint" in read_json_object(folder / "encoder.json")
+    check_replaceable(folder, "pretrain", names, lambda _: is_run, overwrite=args.overwrite, option="--workdir")
 
 
 def _check_result(place: Path, workdir: Path) -> None:

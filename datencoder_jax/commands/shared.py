@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from datencoder_jax.commands.output_folder import REPORT, read_json_object
 from datencoder_jax.data.sheets import labelled_sheet
 from datencoder_jax.data.writing import picture_name, write_files
 from datencoder_jax.errors import UserError
@@ -187,11 +187,16 @@ def listed_exports(out: Path) -> set[str]:
 
 def _listed(out: Path, keys: Sequence[str]) -> list[str]:
     """The names that `report.json` in `out` has under `keys`; whatever they are."""
+    report = read_json_object(out / REPORT)
     try:
-        report = json.loads((out / "report.json").read_text("utf-8"))
         return [str(name) for key in keys for name in report.get(key, ())]
-    except (OSError, ValueError, TypeError, AttributeError):  # there is none, or it is not one of ours
+    except TypeError:  # it is not one of ours
         return []
+
+
+def picture_names(prompts: Sequence[str], num: int) -> list[str]:
+    """The files of `num` pictures of each prompt."""
+    return [picture_name(row, prompt, column) for row, prompt in enumerate(prompts) for column in range(num)]
 
 
 def write_run(

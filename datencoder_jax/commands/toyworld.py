@@ -1,17 +1,27 @@
 """`datencoder toyworld`: a PNG of one inhabitant of the embedded world."""
 
 from argparse import Namespace
+from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from datencoder_jax.checkpoints.atomic import write_all
+from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.commands.output_folder import check_replaceable
 from datencoder_jax.commands.shared import say
-from datencoder_jax.data.writing import write_files
 from datencoder_jax.errors import UserError
 from datencoder_jax.toyworld.captions import prompt_for
 from datencoder_jax.toyworld.render import render
 from datencoder_jax.toyworld.world import CLASSES, SPLITS, Context, Draws, Instance
 
+_KEY, _SOFTWARE = "Software", "datencoder toyworld"
+"""The text in a PNG by which a picture of this command is known."""
+
 
 def run(args: Namespace) -> None:
     """Draws it."""
+    args.out = expand_user(args.out)
     if args.out.suffix.lower() != ".png":
         raise UserError(f"{args.out} must end in .png: the picture is written as PNG.")
     if args.size % 2:
@@ -31,9 +41,27 @@ def run(args: Namespace) -> None:
         instance = Instance.from_id(draws.choice([i for i in ids if i % len(CLASSES) == index]))
     context = Context(args.scene, args.style, args.accessory)
     picture = render(instance, context, args.seed, args.size)
-    write_files(args.out.parent, {args.out.name: picture.repeat(args.scale, 0).repeat(args.scale, 1)})
+    folder, name = args.out.parent, args.out.name
+    check_replaceable(folder, "toyworld", [name], lambda _: _is_own(args.out), overwrite=args.overwrite)
+    image = Image.fromarray(picture.repeat(args.scale, 0).repeat(args.scale, 1))
+    write_all(folder, {name: lambda path: image.save(path, format="PNG", pnginfo=_mark())})
     pattern = (
         instance.main if instance.pattern == "plain" else f"{instance.main} with {instance.second} {instance.pattern}"
     )
     say(f"instance {instance.id}: a {instance.cls}, {pattern}; {prompt_for(context, instance.cls)}")
     say(f"wrote {args.out}")
+
+
+def _mark() -> PngInfo:
+    info = PngInfo()
+    info.add_text(_KEY, _SOFTWARE)
+    return info
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this command has drawn the picture in a file."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(_KEY) == _SOFTWARE
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
