@@ -12,10 +12,11 @@ from cli_helpers import fails
 from PIL import Image
 
 from datencoder_jax import api
+from datencoder_jax.checkpoints import atomic
 from datencoder_jax.checkpoints.concept_file import load_concept
 from datencoder_jax.cli import main
 from datencoder_jax.commands import personalize
-from datencoder_jax.data.writing import check_writable, picture_name, write_files
+from datencoder_jax.data.writing import check_writable, picture_name, reserve_room, write_files
 from datencoder_jax.errors import UserError
 
 pytest_plugins = ("cli_fixtures",)
@@ -214,3 +215,73 @@ def test_picture_names():
     assert picture_name(11, "../..", 0) == "12_prompt_0.png"
     assert picture_name(0, "ein Gemälde", 0) == "01_ein-gemalde_0.png"
     assert len(picture_name(0, "word " * 99, 0)) < 64
+
+
+def test_a_link_to_a_place_that_is_away_shows_before_the_work(tmp_path, capsys, picture, calls):
+    (tmp_path / "link").symlink_to("/nonexistent/run")
+    for out in (tmp_path / "link", tmp_path / "link" / "deep" / "er"):
+        fails(capsys, "link is a link to /nonexistent/run, which is away", "personalize", picture, "--out", out)
+        fails(capsys, "which is away", "generate", "--prompt", "a", "--out", out)
+    assert not calls
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "there").symlink_to(tmp_path / "disk")
+    assert main(["generate", "--prompt", "a", "--out", str(tmp_path / "there" / "new")]) == 0
+
+
+def test_room_for_the_concept_is_made_sure_of_before_the_tuning(tmp_path, capsys, picture, calls, monkeypatch):
+    wanted = []
+
+    def posix_fallocate(descriptor, start, size):
+        wanted.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
+    real, tuned = api.personalize, []
+    monkeypatch.setattr(api, "personalize", lambda *a, quiet=False, **k: tuned.append(quiet) or real(*a, **k))
+    fails_at_end(
+        capsys, "no space left on device, where 1.0 MB are to be written", "personalize", picture, tmp_path / "out"
+    )
+    assert tuned == [True] and wanted[0] > 1e6 and not (tmp_path / "out").exists()
+
+
+def fails_at_end(capsys, match, *argv):
+    """The command ends with status 2, and its last line is one sentence that contains `match`."""
+    assert main([*map(str, argv[:-1]), "--out", str(argv[-1])]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and match in line, line
+    return line
+
+
+@pytest.mark.parametrize("error", [AttributeError("not on this system"), OSError(errno.EINVAL, "not on this disk")])
+def test_room_is_made_sure_of_by_writing_where_it_cannot_be_asked_for(tmp_path, monkeypatch, error):
+    def posix_fallocate(*_):
+        raise error
+
+    monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
+    with reserve_room(tmp_path, 200_001):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_concept_that_cannot_be_written_is_put_elsewhere(tmp_path, capsys, picture, calls, monkeypatch):
+    real = atomic.save_tensors
+
+    def save_tensors(path, *args, **kwargs):
+        if (tmp_path / "out") in path.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *args, **kwargs)
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr("datencoder_jax.checkpoints.concept_file.save_tensors", save_tensors)
+    line = fails_at_end(capsys, "no space left on device; the concept is in", "personalize", picture, tmp_path / "out")
+    load_concept(line.rsplit(" ", 1)[1].rstrip("."))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("datencoder_jax.checkpoints.concept_file.save_tensors", full)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "tmp")
+    before = list((tmp_path / "tmp").iterdir())
+    line = fails_at_end(capsys, "no space left on device.", "personalize", picture, tmp_path / "out")
+    assert "concept is in" not in line and list((tmp_path / "tmp").iterdir()) == before
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")

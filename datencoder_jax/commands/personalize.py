@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datencoder_jax.checkpoints.atomic import no_empty_folder
 from datencoder_jax.checkpoints.export import check_name, choose_kinds, export_concept, exported_names
 from datencoder_jax.checkpoints.export import check_replaceable as check_exportable
 from datencoder_jax.checkpoints.hub import TOYWORLD
@@ -36,7 +37,7 @@ from datencoder_jax.commands.shared import (
     write_run,
 )
 from datencoder_jax.data.reading import fit_square, read_image
-from datencoder_jax.data.writing import check_writable, write_files
+from datencoder_jax.data.writing import check_writable, reserve_room, write_files
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS
 from datencoder_jax.prompts import placeholder
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 
 COMMAND = "personalize"
+_TEXTS, _ENTRY = 1 << 16, 400  # bytes of a concept's file that its texts, and an array's name and shape, take at most
 _DIGEST = "input_digest"
 _TOY = 64
 """Pixels along a side; pictures of the embedded model's own have half as many, however much they are enlarged."""
@@ -121,12 +123,17 @@ def _personalize(
         options["learning_rates"] = LearningRates(*args.learning_rates)
     drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance")
 
+    room = 0
+
     def run_without_weights(pipeline: Pipeline) -> None:
+        nonlocal room
         concept = api.personalize(pipeline, images, **options, quiet=True).concept
+        room = _most_bytes(concept)
         api.generate(pipeline, prompts, concept=concept, **drawing, quiet=True)
 
     with compiling_ahead(pipeline, run_without_weights) as seconds:
-        tuned = api.personalize(pipeline, images, **options)
+        with reserve_room(args.out, room):
+            tuned = api.personalize(pipeline, images, **options)
         concept = _with_digest(tuned.concept, images)
         words = [{"word": str(word), "cosine": float(cosine)} for word, cosine in tuned.report["nearest_words"]]
         if words:
@@ -218,13 +225,51 @@ def _is_of_same_request(args: Namespace, images: Sequence[np.ndarray]) -> bool:
     )
 
 
-def _write_concept(args: Namespace, concept: Concept) -> None:
-    """The concept's file; an earlier run's report, exports and pictures, which tell of another concept, go."""
+def _most_bytes(concept: Concept) -> int:
+    """Bytes that the file of a concept with such arrays takes at most, whatever is in them."""
+    import jax
+
+    leaves = jax.tree.leaves((concept.embeddings, concept.offsets, concept.gate, concept.reader))
+    return _TEXTS + sum(4 * np.size(leaf) + _ENTRY for leaf in leaves)
+
+
+def _save_concept(path: Path, concept: Concept) -> None:
+    """Writes a concept's file, or to another place where this one cannot be written: much work is in it.
+
+    Raises:
+        UserError: it cannot be written here; the sentence says where it is.
+    """
     from datencoder_jax.checkpoints.concept_file import save_concept
 
+    try:
+        save_concept(path, concept)
+    except UserError as error:
+        elsewhere = _save_elsewhere(path.name, concept)
+        if elsewhere is None:
+            raise
+        raise UserError(f"{str(error).rstrip('.')}; the concept is in {elsewhere}.") from error
+
+
+def _save_elsewhere(name: str, concept: Concept) -> Path | None:
+    """Writes a concept to a new folder among the temporary ones, or in the home; None where neither can be written."""
+    from datencoder_jax.checkpoints.concept_file import save_concept
+
+    for choose_place in (tempfile.gettempdir, Path.home):
+        with suppress(UserError, OSError, RuntimeError):  # no such place, or it cannot be written either
+            folder = Path(tempfile.mkdtemp(prefix="datencoder-", dir=choose_place()))
+            try:
+                save_concept(folder / name, concept)
+            except UserError:
+                folder.rmdir()
+                raise
+            return folder / name
+    return None
+
+
+def _write_concept(args: Namespace, concept: Concept) -> None:
+    """The concept's file; an earlier run's report, exports and pictures, which tell of another concept, go."""
     earlier = listed_pictures(args.out, "pictures", "input_pictures") | listed_exports(args.out)
-    with no_empty_folder(args.out):
-        save_concept(args.out / CONCEPT, concept)
+    _save_concept(args.out / CONCEPT, concept)
     given_files = [os.path.realpath(path) for path in args.images]
     for name in earlier | {"samples.png"}:
         if os.path.realpath(args.out / name) not in given_files:

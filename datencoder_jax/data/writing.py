@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,17 @@ def check_writable(folder: str | Path) -> Path:
         The folder, with the home in the place of `~`.
 
     Raises:
-        UserError: they cannot: a file is in the way, it is not permitted, or there is no space.
+        UserError: they cannot: a file is in the way, it is not permitted, there is no space, or the folder is a link to
+            a place that is not there.
     """
     folder = expand_user(folder)
     nearest = folder
     try:
         while not nearest.exists() and nearest != nearest.parent:
+            if nearest.is_symlink():
+                raise UserError(
+                    f"Cannot write to {folder}: {nearest} is a link to {os.readlink(nearest)}, which is away."
+                )
             nearest = nearest.parent
         if not nearest.is_dir():
             raise UserError(f"Cannot write to {folder}: {nearest} is a file, not a folder.")
@@ -44,6 +52,38 @@ def check_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"Cannot write to {folder}: {(error.strerror or str(error)).lower()}.") from error
     return folder
+
+
+@contextmanager
+def reserve_room(folder: Path, size: int) -> Iterator[None]:
+    """Within it a nameless file takes `size` bytes of the disk that `folder` is on, which is free again at its end.
+
+    Raises:
+        UserError: the disk has no such room.
+    """
+    with ExitStack() as stack:
+        try:
+            _allocate(stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0)), size)
+        except OSError as error:
+            raise UserError(
+                f"Cannot write to {folder}: {(error.strerror or str(error)).lower()}, where {size / 1e6:.1f} MB are to "
+                "be written."
+            ) from error
+        yield
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _allocate(file: Any, size: int) -> None:
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # not on macOS, and not on every file system
+        if isinstance(error, OSError) and _is_full(error):
+            raise
+        for start in range(0, size, len(_PROBE)):
+            file.write(_PROBE[: size - start])
 
 
 def write_files(folder: str | Path, files: Mapping[str, Any]) -> None:
