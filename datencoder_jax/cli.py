@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
+from datencoder_jax.commands.console import prepare_streams
 from datencoder_jax.commands.examples import EXAMPLES
 from datencoder_jax.commands.options import add_commands
 from datencoder_jax.errors import UserError, exit_status
@@ -22,6 +23,7 @@ from datencoder_jax.errors import UserError, exit_status
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 2 for a mistake in the input, 130 when interrupted, or 1."""
+    prepare_streams()
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     try:
         status = _run(argv)

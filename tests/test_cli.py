@@ -337,3 +337,10 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, capsys, picture, 
     )
     assert "load" not in calls
     assert main(["personalize", picture, "--prompt", "a S* " + "and so on " * 500, *map(str, out)]) == 0
+
+
+def test_a_model_whose_name_is_no_unicode_is_told_before_the_work(tmp_path, capsys, picture, calls):
+    """Its concept could not be written: the file names the model in UTF-8."""
+    argv = ["personalize", picture, "--method", "lora", "--out", tmp_path / "o"]
+    fails(capsys, "is not valid Unicode", *argv, "--model", "a\udcff")
+    assert not calls

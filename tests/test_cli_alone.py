@@ -1,5 +1,6 @@
 """Commands that need no model, help, and output that cannot be written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,47 @@ def test_output_to_a_full_device():
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2 and result.stderr == "error: No space left on device.\n"
+
+
+def run_command(*argv, closed=(), **environ):
+    """The command in a process of its own, with some of the standard streams closed."""
+    shell = " ".join(f"{descriptor}>&-" for descriptor in closed)
+    command = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-m", "datencoder_jax", *argv]
+    return subprocess.run(command, capture_output=True, env=os.environ | environ)
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_without_standard_streams(tmp_path, closed):
+    out = tmp_path / "a.png"
+    result = run_command("toyworld", "--out", out, closed=closed)
+    assert result.returncode == 0 and not result.stderr and read_image(out).shape == (256, 256, 3)
+    assert bool(result.stdout) == (1 not in closed)
+    assert run_command("toyworld", "--size", "33", "--out", out, closed=closed).returncode == 2
+
+
+def test_a_file_that_is_opened_does_not_take_the_place_of_a_missing_stream(tmp_path):
+    code = (
+        "import os, sys\nfrom datencoder_jax.cli import main\nmain(['--version'])\n"
+        "assert open(sys.argv[1], 'w').fileno() > 2 and os.get_inheritable(1) and os.get_inheritable(2)\n"
+        "print('lost'); print('lost', file=sys.stderr)"
+    )
+    shell = 'exec "$@" 0>&- 1>&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", code, tmp_path / "a"]).returncode == 0
+    assert (tmp_path / "a").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "printed"),
+    [
+        ("cp1252", "猫.png", rb"\u732b.png"),
+        ("ascii:surrogateescape", "猫.png", rb"\u732b.png"),
+        ("utf-8:strict", "\udcff.png", rb"\udcff.png"),
+        ("utf-8:surrogateescape", "\udcff.png", b"\xff.png"),
+        ("utf-8", "猫.png", "猫.png".encode()),
+    ],
+)
+def test_what_a_console_cannot_print_is_escaped(tmp_path, encoding, name, printed):
+    result = run_command("toyworld", "--out", str(tmp_path / name), PYTHONIOENCODING=encoding)
+    assert result.returncode == 0 and printed in result.stdout and (tmp_path / name).exists()
+    result = run_command("toyworld", "--size", "33", "--class", name, "--out", "a.png", PYTHONIOENCODING=encoding)
+    assert result.returncode == 2 and b"Traceback" not in result.stderr

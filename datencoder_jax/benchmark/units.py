@@ -104,7 +104,7 @@ def write_made(unit: Unit, made: Made) -> None:
 def write_error(unit: Unit, sentence: str) -> None:
     """Writes why a unit failed."""
     with atomic_write(unit.error_file) as temporary:
-        temporary.write_text(sentence + "\n", "utf-8")
+        temporary.write_text(sentence + "\n", "utf-8", errors="backslashreplace")
 
 
 def read_made(unit: Unit) -> Made:

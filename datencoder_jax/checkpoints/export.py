@@ -328,7 +328,7 @@ def _data_uri(picture: bytes) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
+    path.write_text(text, "utf-8", errors="backslashreplace")
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

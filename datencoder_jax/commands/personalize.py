@@ -93,6 +93,7 @@ def _check_options(args: Namespace) -> tuple[list[str], dict[str, str] | None]:
     own = _own_options(args.options) if args.options else None
     method.with_options(args.method, own)  # what is wrong with these is told before anything is loaded
     check_unicode(args.word or "")
+    check_unicode(args.model)  # the concept's file names it
     check_name(args.name)
     if args.prior is None and args.prior_pictures is not None:
         raise UserError("--prior-pictures says how many pictures --prior is to draw, and needs it.")

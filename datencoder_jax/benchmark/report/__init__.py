@@ -47,7 +47,7 @@ def write_report(folder: str | Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
+    path.write_text(text, "utf-8", errors="backslashreplace")  # names of files may be no Unicode
 
 
 def _save(path: Path, gallery) -> None:
