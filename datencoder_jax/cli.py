@@ -9,16 +9,21 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
+from types import FrameType
 from typing import Any, NoReturn
 
 from datencoder_jax.commands.console import prepare_streams
 from datencoder_jax.commands.examples import EXAMPLES
 from datencoder_jax.commands.options import add_commands
 from datencoder_jax.errors import UserError, exit_status
+
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{place}{error.strerror or error}.", exit_status(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -53,14 +58,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_and_exit() -> NoReturn:
-    """The installed command: `main`, after which nobody waits for programs that still compile in the background."""
-    status = main()
+    """The installed command: `main`, after which nobody waits for programs that still compile in the background.
+
+    After Ctrl-C the process ends at once: what an interrupted import leaves half-made may bring Python's own end down.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, _show_unraisable
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL, None):
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        status = main()
+    except Exception as error:
+        if not _comes_from_interrupt(error):
+            raise
+        print("\ninterrupted", file=sys.stderr)
+        status = _INTERRUPTED
+    sys.unraisablehook = hook
     compilation = sys.modules.get("datencoder_jax.compilation")
-    if compilation is not None and compilation.is_compiling():
+    is_compiling = compilation is not None and compilation.is_compiling()
+    if is_compiling or (status == _INTERRUPTED and not _is_one_of_several()):
+        _leave(status)
+    sys.exit(status)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises `KeyboardInterrupt`, but while a module is imported: native ones end in a segmentation fault by it."""
+    importing = frame
+    while importing is not None and not importing.f_code.co_filename.startswith("<frozen importlib"):
+        importing = importing.f_back
+    if importing is None:
+        signal.default_int_handler(number, frame)
+    print("\ninterrupted", file=sys.stderr)
+    if (folders := sys.modules.get("datencoder_jax.commands.output_folder")) is not None:
+        folders.abandon_folders()
+    _leave(_INTERRUPTED)
+
+
+def _show_unraisable(args: Any) -> None:
+    """Ends the process where Ctrl-C came in a callback that cannot raise it, such as one of Python's importer."""
+    if issubclass(args.exc_type, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+        _leave(_INTERRUPTED)
+    sys.__unraisablehook__(args)
+
+
+def _comes_from_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is what Ctrl-C led to; libraries that are being imported make an error of their own of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _leave(status: int) -> NoReturn:
+    with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process trains with others, who are told at its end."""
+    jax = sys.modules.get("jax")
+    return jax is not None and hasattr(jax, "distributed") and jax.distributed.is_initialized()
 
 
 def _run(argv: Sequence[str] | None) -> int:

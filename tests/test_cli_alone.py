@@ -155,3 +155,77 @@ def test_what_a_console_cannot_print_is_escaped(tmp_path, encoding, name, printe
     assert result.returncode == 0 and printed in result.stdout and (tmp_path / name).exists()
     result = run_command("toyworld", "--size", "33", "--class", name, "--out", "a.png", PYTHONIOENCODING=encoding)
     assert result.returncode == 2 and b"Traceback" not in result.stderr
+
+
+INTERRUPT = """
+import os, runpy, signal, sys
+
+target = sys.argv.pop(1)
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == target:
+            os.kill(os.getpid(), signal.SIGINT)
+            sys.meta_path.remove(self)
+
+sys.meta_path.insert(0, Finder())
+{before}
+runpy.run_module("datencoder_jax", run_name="__main__")
+"""
+
+
+def interrupt(module, *argv, before=""):
+    """The command, which is interrupted as it imports a module."""
+    command = [sys.executable, "-c", INTERRUPT.format(before=before), module, *argv]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "datencoder_jax.cli",
+        "argparse",
+        "datencoder_jax.commands.options",
+        "datencoder_jax.commands.info",
+        "jax",
+        "numpy",
+    ],
+)
+def test_an_interruption_at_the_start_is_one_word(module):
+    result = interrupt(module, "info")
+    assert (result.returncode, result.stderr.strip(), result.stdout) == (130, "interrupted", "")
+
+
+def test_an_interruption_of_an_import_leaves_no_folder(tmp_path):
+    result = interrupt("jax", "generate", "--prompt", "a", "--out", str(tmp_path / "a" / "b"))
+    assert (result.returncode, result.stderr.strip()) == (130, "interrupted") and not list(tmp_path.iterdir())
+
+
+def test_an_interruption_that_a_library_turns_into_an_error(tmp_path):
+    code = (
+        "import datencoder_jax.cli as cli\n"
+        "def _run(argv):\n"
+        "    try: raise KeyboardInterrupt\n"
+        "    except KeyboardInterrupt as error: raise ImportError('half of it is missing') from error\n"
+        "cli._run = _run; cli.run_and_exit()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr.strip()) == (130, "interrupted")
+
+
+def test_an_interruption_in_a_callback(tmp_path):
+    code = (
+        "import weakref, datencoder_jax.cli as cli\n"
+        "class Thing: pass\n"
+        "def stop(_): raise KeyboardInterrupt\n"
+        "def _run(argv):\n"
+        "    thing = Thing(); kept = weakref.ref(thing, stop); del thing; print('went on', flush=True)\n"
+        "cli._run = _run; cli.run_and_exit()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr.strip(), result.stdout) == (130, "interrupted", "")
+
+
+def test_an_ignored_interruption_stays_ignored():
+    before = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    assert interrupt("datencoder_jax.cli", "--version", before=before).returncode == 0

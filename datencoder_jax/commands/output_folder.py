@@ -18,6 +18,8 @@ LOCK_FILE = ".datencoder.lock"
 """The file that a run holds locked in the folder it writes to. The system unlocks it when its process ends."""
 
 REPORT, CONCEPT = "report.json", "concept.safetensors"
+_locked: dict[Path, list[Path]] = {}
+"""The folders that this process has locked, and what it made of them and their parents."""
 _SHOWN = 3  # files that a sentence names before it counts the others
 
 
@@ -33,20 +35,32 @@ def lock_folder(folder: Path, option: str = "--out", *, wait: float = 0.0) -> It
     Raises:
         UserError: another run writes there.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with no_empty_folder(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"Cannot write to {folder}: {(error.strerror or str(error)).lower()}.") from error
         lock = _acquire_lock(folder, option, wait)
+        _locked[folder] = made
         try:
             yield
         finally:
+            del _locked[folder]
             if lock is not None:
                 # Removed while it is locked: whoever opened it meanwhile sees that it is gone, and tries again.
                 with suppress(OSError):
                     (folder / LOCK_FILE).unlink()
                 lock.release()
+
+
+def abandon_folders() -> None:
+    """Removes locks, and folders that were made for them and are empty, for a process that ends without unwinding."""
+    for folder, made in _locked.items():
+        with suppress(OSError):
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
 
 
 def _acquire_lock(folder: Path, option: str, wait: float) -> FileLock | None:
