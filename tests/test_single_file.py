@@ -312,6 +312,45 @@ def test_a_tower_without_its_last_layer(tmp_path):
     equal(cut.text_encoder.params, whole.text_encoder.params)
 
 
+def full_size(generation, **changes):
+    """The tensors of a model of full size, all of their elements one and the same zero."""
+    shapes = compvis.checkpoint(**FULL[generation] | changes, vae=compvis.vae())
+    nothing = np.zeros((), np.float32)
+    return {name: (lambda shape=shape: np.broadcast_to(nothing, shape)) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("layers", [24, 23])
+@pytest.mark.parametrize("projection", [True, False])
+def test_layers_of_stable_diffusion_2_are_cut_by_count(layers, projection):
+    """23 of OpenCLIP's 24 layers are used, whether the file has the last one, the projection, both or neither."""
+    tensors = full_size("2.x", **{OPEN: compvis.open_clip_text(width=1024, layers=layers)})
+    if not projection:
+        del tensors[f"{OPEN}text_projection"]
+    family, parts = split(Tensors(tensors), "the file")
+    config = configurations(parts, family, "epsilon")["text_encoder"]
+    assert (config.num_hidden_layers, config.with_projection) == (23, False)
+    wanted = abstract_params(CLIPTextModel, config)
+    assert {key for key in parts["text_encoder"] if key != "logit_scale"} == set(wanted)
+
+
+@pytest.mark.parametrize(
+    "generation, changes, message",
+    [
+        ("2.x", {OPEN: compvis.open_clip_text(width=1024, layers=22)}, "cond_stage_model.model.* has 22 of 24"),
+        ("XL", {FIRST: compvis.clip_text(width=768, layers=11)}, "embedders.0.transformer.* has 11 of 12"),
+        ("XL", {SECOND: compvis.open_clip_text(width=1280, layers=31)}, "embedders.1.model.* has 31 of 32"),
+    ],
+)
+def test_text_towers_that_lack_layers_in_use_are_refused(generation, changes, message):
+    said = refuses("lacks layers of a text encoder", split, Tensors(full_size(generation, **changes)), "the file")
+    assert message in said
+
+
+def test_stable_diffusion_1_may_skip_layers():
+    family, parts = split(Tensors(full_size("1.x", **{CLIP: compvis.clip_text(width=768, layers=11)})), "the file")
+    assert configurations(parts, family, "epsilon")["text_encoder"].num_hidden_layers == 11
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

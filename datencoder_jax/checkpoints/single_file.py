@@ -20,8 +20,14 @@ from datencoder_jax.checkpoints.openclip import text_tower
 from datencoder_jax.checkpoints.parts import BaseParts, read_models
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.refusals import is_lora, refiner
-from datencoder_jax.checkpoints.single_file_configs import text_config, unet_config, vae_config
-from datencoder_jax.checkpoints.single_file_names import text_name, unet_names, vae_names, without_last_layer
+from datencoder_jax.checkpoints.single_file_configs import count, text_config, unet_config, vae_config
+from datencoder_jax.checkpoints.single_file_names import (
+    text_depth,
+    text_name,
+    unet_names,
+    vae_names,
+    without_last_layer,
+)
 from datencoder_jax.checkpoints.weights import describing, open_tensors, opened, place
 from datencoder_jax.errors import UserError
 
@@ -50,11 +56,19 @@ _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_pr
 
 
 class _Tower(NamedTuple):
-    """A text tower: where it is in the file, whether it is OpenCLIP's, and whether its last layer is not used."""
+    """A text tower in a file.
+
+    Attributes:
+        prefix: of the names of its tensors.
+        open_clip: whether OpenCLIP named them.
+        cut: whether its last layer and its projection are not used, and may be missing.
+        whole: whether every layer has to be there.
+    """
 
     prefix: str
     open_clip: bool = False
     cut: bool = False
+    whole: bool = False
 
 
 class Family(NamedTuple):
@@ -88,8 +102,8 @@ _FAMILIES = (
     ),
     Family(
         towers={
-            "text_encoder": _Tower("conditioner.embedders.0.transformer."),
-            "text_encoder_2": _Tower("conditioner.embedders.1.model.", open_clip=True),
+            "text_encoder": _Tower("conditioner.embedders.0.transformer.", whole=True),
+            "text_encoder_2": _Tower("conditioner.embedders.1.model.", open_clip=True, whole=True),
         },
         scheduler=_SCHEDULER
         | {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading"},
@@ -179,7 +193,24 @@ def split(tensors: Tensors, origin: str) -> tuple[Family, dict[str, Tensors]]:
         parts[name] = text_tower(parts[name]) if tower.open_clip else renamed(parts[name], text_name, origin)
         if tower.cut:
             parts[name] = without_last_layer(parts[name])
+        _check_depth(parts[name], tower, origin)
     return family, parts
+
+
+def _check_depth(tensors: Tensors, tower: _Tower, origin: str) -> None:
+    """Raises `UserError` for a text tower that lacks layers which prompts are read through.
+
+    The tower of Stable Diffusion 1.x may have any number: fine-tuned models skip layers at its end on purpose. The
+    others are read before their last layer, which is counted from the whole tower.
+    """
+    depth = text_depth(tensors)
+    layers = count(tensors, "text_model.encoder.layers.")
+    if depth is None or not (tower.cut or tower.whole):
+        return
+    if layers < depth - tower.cut:
+        raise UserError(
+            f"{origin} lacks layers of a text encoder: {tower.prefix}* has {layers} of {depth}; fetch the whole model."
+        )
 
 
 def configurations(parts: Mapping[str, Tensors], family: Family, prediction_type: str) -> dict[str, Any]:

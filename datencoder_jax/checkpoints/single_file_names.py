@@ -48,6 +48,9 @@ _VAE_RULES = [
 _UP = re.compile(r"^decoder\.up\.(\d+)\.")
 _UP_LEVEL = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
 _LAYER = re.compile(r"^text_model\.encoder\.layers\.(\d+)\.")
+_PROJECTION = "text_projection.weight"
+_DEPTHS = {768: 12, 1024: 24, 1280: 32}
+"""Layers of text towers by width: those of CLIP's ViT-L/14 and of OpenCLIP's ViT-H/14 and ViT-bigG/14."""
 
 
 def unet_names(keys: Collection[str]) -> Callable[[str], str]:
@@ -103,11 +106,19 @@ def text_name(key: str) -> str:
 def without_last_layer(tower: Tensors) -> Tensors:
     """Stable Diffusion 2's text tower: its UNet attends to the states before the last layer, and nothing is projected.
 
-    Files that were written from a diffusers folder lack that layer already, and the projection with it.
+    The layers are counted, since files differ: some hold all of them, some lack the last one, and either kind may hold
+    the projection or not. A tower of no known width counts as whole where it holds the projection.
     """
-    readers = dict(tower.readers)
-    if readers.pop("text_projection.weight", None) is not None:
-        numbers = {key: int(match[1]) for key in readers if (match := _LAYER.match(key))}
-        last = max(numbers.values(), default=0)
-        readers = {key: read for key, read in readers.items() if numbers.get(key) != last}
+    numbers = {key: int(match[1]) for key in tower if (match := _LAYER.match(key))}
+    depth = text_depth(tower)
+    if depth is None:
+        depth = max(numbers.values(), default=-1) + (1 if _PROJECTION in tower else 2)
+    readers = {key: read for key, read in tower.readers.items() if numbers.get(key, -1) < depth - 1}
+    readers.pop(_PROJECTION, None)
     return Tensors(readers)
+
+
+def text_depth(tower: Tensors) -> int | None:
+    """How many layers the whole text tower of this width has; None where no published model has the width."""
+    norm = "text_model.final_layer_norm.bias"
+    return _DEPTHS.get(len(tower[norm])) if norm in tower else None
