@@ -9,12 +9,14 @@ where a convolution's kernel counts as the matrix `[h w in, out]`. The factors g
 
     diffusers       <layer>.lora_A.weight                     .lora_B.weight      s from the metadata, else 1
     PEFT            base_model.model.<layer>.lora_A.weight    .lora_B.weight      s from adapter_config.json
+    ComfyUI         diffusion_model.<layer>.lora_A.weight     .lora_B.weight      s = <layer>.alpha / rank, else 1
     kohya           lora_unet_<layer>.lora_down.weight        .lora_up.weight     s = lora_unet_<layer>.alpha / rank
     old diffusers   <owner>.processor.to_q_lora.down.weight   ..._lora.up.weight  s = 1
 
-`lora_names` tells which layer is meant. ComfyUI, Forge and A1111 know kohya's names of diffusers' modules for every
-Stable Diffusion, XL included, so they are what is written. `s` is folded into `up` when a file is read, and is 1 in
-what is written.
+PEFT's name of the adapter may stand before `weight` (`lora_A.default.weight`), as it does in memory; `s` is 1 then,
+unless the metadata or an adapter_config.json have it. `lora_names` tells which layer is meant. ComfyUI, Forge and A1111
+know kohya's names of diffusers' modules for every Stable Diffusion, XL included, so they are what is written. `s` is
+folded into `up` when a file is read, and is 1 in what is written.
 """
 
 import json
@@ -39,7 +41,8 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
-_PART = re.compile(r"(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(A|B|down|up)\.weight$|\.(alpha)$")
+_PART = re.compile(r"(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(A|B|down|up)(?:\.[^.]+)?\.weight$|\.(alpha)$")
+_NAMED_ADAPTER = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways that PEFT starts an adapter which take something from the base model's weights at once."""
 _ROLES = {"A": "down", "B": "up"}
@@ -207,8 +210,10 @@ def _layers(path: Path, keys: Iterable[str], known: Iterable[str], base: str) ->
 
 def _peft_settings(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's settings by network, from the file's metadata or from beside it; those that there are."""
-    if any(key.startswith(PEFT_PREFIX) for key in keys):
-        origin = path.with_name(_PEFT_CONFIG)
+    origin = path.with_name(_PEFT_CONFIG)
+    # PEFT writes its settings beside the weights that it saves, and leaves the adapter's name out of theirs.
+    dumped = any(_NAMED_ADAPTER.search(key) for key in keys)
+    if any(key.startswith(PEFT_PREFIX) for key in keys) and (not dumped or origin.is_file()):
         settings = dict.fromkeys(NETWORKS, read_json(origin))
     elif _METADATA in metadata:
         origin, settings = path, {network: {} for network in NETWORKS}

@@ -4,12 +4,14 @@ Programs name the layers after the model's own modules, each in its way, so no l
 the model's are brought to one spelling and compared.
 
     network           prefix in files
-    UNet              `unet.`, `lora_unet_`, `base_model.model.`, or none
-    text_encoder      `text_encoder.`, `lora_te_`, `lora_te1_`, and `base_model.model.` where no UNet's layer is meant
-    text_encoder_2    `text_encoder_2.`, `lora_te2_`
+    UNet              `unet.`, `lora_unet_`, `diffusion_model.`, `base_model.model.`, or none
+    text_encoder      `text_encoder.`, `lora_te_`, `lora_te1_`, `text_encoders.clip_l.transformer.` (of 2.x `clip_h`),
+                      and `base_model.model.` where no UNet's layer is meant
+    text_encoder_2    `text_encoder_2.`, `lora_te2_`, `text_encoders.clip_g.transformer.`
 
-kohya's programs write underscores for dots, and name the blocks of XL's UNet as its original code does
-(`input_blocks_4_1_transformer_blocks_0_attn1_to_q`); transformers has put `text_model.` before a text encoder's layers
+PEFT's prefix may also stand after that of a network (`unet.base_model.model.`). kohya's programs write underscores for
+dots. They name the blocks of XL's UNet as its original code does (`input_blocks_4_1_transformer_blocks_0_attn1_to_q`),
+and ComfyUI names those of every UNet so; transformers has put `text_model.` before a text encoder's layers
 and left it out; old files of diffusers say `processor`, and `to_q` for a text encoder's `q_proj`.
 """
 
@@ -27,8 +29,22 @@ NETWORKS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2")
 TEXT_ENCODER, TEXT_ENCODER_2 = "text_encoder.", "text_encoder_2."
 """What stands before the names of the text encoders' layers; nothing stands before those of the UNet."""
 
-_PREFIXES = {PEFT_PREFIX: "", "unet.": "", "lora_unet_": ""}
-_PREFIXES |= {"lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER, "lora_te2_": TEXT_ENCODER_2}
+_OF_UNET = ("unet.", "lora_unet_", "diffusion_model.", "model.diffusion_model.")
+_OF_TEXT = (
+    TEXT_ENCODER,
+    "lora_te_",
+    "lora_te1_",
+    "text_encoders.clip_l.",
+    "text_encoders.clip_h.",
+    "clip_l.",
+    "clip_h.",
+)
+_OF_TEXT_2 = (TEXT_ENCODER_2, "lora_te2_", "text_encoders.clip_g.", "clip_g.")
+_PREFIXES: dict[str, str] = dict.fromkeys(_OF_UNET, "")
+_PREFIXES |= dict.fromkeys(_OF_TEXT, TEXT_ENCODER) | dict.fromkeys(_OF_TEXT_2, TEXT_ENCODER_2)
+_COMFY_TOWER = "transformer."
+"""What ComfyUI puts between the name of a text encoder and that of a layer."""
+
 _SPELLINGS = [
     (re.compile(r"\."), "_"),
     (re.compile(r"_processor_"), "_"),
@@ -67,8 +83,10 @@ def layer_finder(layers: Iterable[str]) -> Callable[[str], str | None]:
 
 def _own_prefix(stem: str) -> str:
     """A file's name with our prefix of its network."""
+    stem = stem.removeprefix(PEFT_PREFIX)
     prefix = next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), "")
-    return _PREFIXES.get(prefix, "") + stem.removeprefix(prefix)
+    network, layer = _PREFIXES.get(prefix, ""), stem.removeprefix(prefix).removeprefix(PEFT_PREFIX)
+    return network + (layer.removeprefix(_COMFY_TOWER) if network else layer)
 
 
 def _spelling(name: str) -> str:

@@ -1,5 +1,6 @@
 """Weights that cannot be used, and what to use in their place."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ XL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 """The repository of Stable Diffusion XL."""
 
 _FOREIGN = ("transformer", "prior", "text_encoder_3", "movq")
-_LORA = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".hada_w1_a", ".lokr_w1")
+_LORA = re.compile(r"\.(lora_down\.weight|lora_A\.([^.]+\.)?weight|lora\.down\.weight|hada_w1_a|lokr_w1)$")
 
 
 def conversion_hint(source: str, kind: str = "diffusers.DiffusionPipeline") -> str:
@@ -63,4 +64,4 @@ def refiner(origin: str) -> UserError:
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether tensors of these names are a LoRA or one of its kin."""
-    return any(key.endswith(_LORA) for key in keys)
+    return any(_LORA.search(key) for key in keys)
