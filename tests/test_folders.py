@@ -1,6 +1,7 @@
 """Base models as folders: what other programs write is read, what is written others read, and damage is refused."""
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -170,6 +171,31 @@ def test_names_of_other_times(base, parts):
         equal(getattr(read, name).params, model.params)
     save_file(bare | {"text_model.final_layer_norm.bias": bare["final_layer_norm.bias"]}, text)
     refuses("two names of one parameter", read_base, base)
+
+
+def test_harmless_tensors_in_parts_are_ignored_and_named(base, parts):
+    """What training and conversion leave beside the weights; of a tower that is wanted nothing may be too much."""
+    extras = {
+        "vae": ("loss.logvar", "loss.discriminator.main.0.weight", "model_ema.decay"),
+        "text_encoder": ("text_projection.weight", "vision_model.encoder.layers.0.mlp.fc1.weight", "logit_scale"),
+        "unet": ("model_ema.num_updates", "global_step"),
+    }
+    for part, names in extras.items():
+        (file,) = (base / part).glob("*.safetensors")
+        save_file(load_file(file) | {name: np.zeros(2, "f4") for name in names}, file)
+    with pytest.warns(UserWarning, match="that are not used") as caught:
+        found = read_base(base)
+    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert len(said) == 3
+    for part, names in extras.items():
+        (message,) = [message for message in said if f"{part}{os.sep}" in message]
+        assert f"{len(names)} tensor(s)" in message and all(name in message for name in names)
+    assert found.fingerprint == base_fingerprint(parts.unet.params, parts.text_encoder.params)
+    (file,) = (base / "text_encoder").glob("*.safetensors")
+    odd = {"text_model.encoder.layers.9.mlp.fc1.bias": np.zeros(2, "f4")}
+    save_file({key: value for key, value in load_file(file).items() if key.startswith("text_model.")} | odd, file)
+    with pytest.warns(UserWarning, match="that are not used"):
+        refuses("1 unexpected .text_model.encoder.layers.9", read_base, base)
 
 
 def test_folders_that_are_none(tmp_path, base):

@@ -14,7 +14,7 @@ from datencoder_jax.checkpoints.folders import write_component
 from datencoder_jax.checkpoints.keys import Tensors
 from datencoder_jax.checkpoints.openclip import text_tower
 from datencoder_jax.checkpoints.single_file_configs import text_config
-from datencoder_jax.checkpoints.vision import read_vision
+from datencoder_jax.checkpoints.vision import read_clip, read_vision
 from datencoder_jax.checkpoints.weights import place
 from datencoder_jax.models.clip_text import CLIPTextModel
 from datencoder_jax.models.module import Model, abstract_params
@@ -162,6 +162,19 @@ def test_folders_of_transformers(tmp_path, whole):
             close(found.projected, model.visual_projection(pooled), 2e-5)
     single, _ = read_vision(tmp_path / "model.safetensors", dtype="bfloat16")
     assert {str(value.dtype) for value in single.params.values()} == {"bfloat16"}
+
+
+def test_the_mask_of_older_versions_is_ignored(tmp_path):
+    """OpenCLIP once saved the text tower's attention mask with its weights; it is the text tower's to speak of."""
+    folder = write_open(tmp_path / "open", SMALL | {"embed_dim": 128}, stock(SMALL | {"embed_dim": 128}))
+    (folder / "vocab.json").write_text("{}")
+    wanted = read_clip(folder)
+    file = folder / "open_clip_model.safetensors"
+    save_file(load_file(file) | {"attn_mask": np.zeros((8, 8), "f4")}, file)
+    equal(read_vision(folder)[0].params, wanted.vision.params)
+    with pytest.warns(UserWarning, match="1 tensor.s. that are not used: attn_mask"):
+        found = read_clip(folder)
+    equal(found.text.params, wanted.text.params)
 
 
 def test_what_is_refused(tmp_path):

@@ -284,6 +284,59 @@ def test_what_training_left_beside_the_weights_is_passed_over(tmp_path):
         assert read_single_file(save(path, tensors | more)).fingerprint == wanted
 
 
+EVERYWHERE = {
+    "first_stage_model.loss.logvar": (),
+    "first_stage_model.loss.discriminator.main.0.weight": (4, 3, 4, 4),
+    "first_stage_model.model_ema.decay": (),
+    "first_stage_model.model_ema.encoderconv_inweight": (2, 2),
+    "model.diffusion_model.model_ema.num_updates": (),
+    "global_step": (),
+}
+KEPT = {
+    "1.x": {
+        f"{CLIP}text_projection.weight": (64, 64),
+        f"{CLIP}logit_scale": (),
+        f"{CLIP}visual_projection.weight": (64, 64),
+        f"{CLIP}vision_model.embeddings.class_embedding": (64,),
+        f"{CLIP}vision_model.encoder.layers.0.mlp.fc1.weight": (8, 8),
+    },
+    "2.x": {
+        f"{OPEN}attn_mask": (77, 77),
+        f"{OPEN}visual.proj": (64, 64),
+        f"{OPEN}visual.transformer.resblocks.0.ln_1.weight": (64,),
+    },
+    "XL": {
+        f"{FIRST}text_projection.weight": (64, 64),
+        f"{FIRST}vision_model.encoder.layers.0.mlp.fc1.weight": (8, 8),
+        f"{SECOND}attn_mask": (77, 77),
+        f"{SECOND}visual.conv1.weight": (8, 3, 4, 4),
+    },
+}
+"""Harmless tensors that programs leave in files, of all generations and of each."""
+
+
+def test_harmless_tensors_are_ignored_and_named_once(small, tmp_path):
+    generation, path, tensors = small
+    plain = read_base(path)
+    extras = random_tensors(EVERYWHERE | KEPT[generation]) | {"global_step": np.asarray(7, np.int64)}
+    with pytest.warns(UserWarning, match="that are not used") as caught:
+        found = read_base(save(tmp_path / "extras.safetensors", tensors | extras))
+    (message,) = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    silent = [name for name in extras if name.endswith("logit_scale")]
+    assert f"{len(extras) - len(silent)} tensor(s)" in message and "extras.safetensors" in message
+    assert sorted(set(extras) - set(silent))[0] in message
+    assert found.fingerprint == plain.fingerprint
+    for name, model in models_of(plain).items():
+        assert getattr(found, name).config == model.config
+        equal(getattr(found, name).params, model.params)
+
+
+@pytest.mark.parametrize("name", ["control_model.input_hint_block.0.weight", "text_model.final_layer_norm.bias"])
+def test_weights_of_something_else_are_no_harmless_tensors(tmp_path, name):
+    tensors = random_tensors(SMALL["1.x"] | {name: (2,)})
+    refuses("1 tensor.s. that are of no known part", read_base, save(tmp_path / "model.safetensors", tensors))
+
+
 def test_strict_both_ways(tmp_path):
     tensors, path = random_tensors(SMALL["1.x"]), tmp_path / "model.safetensors"
     lacking = {key: value for key, value in tensors.items() if "output_blocks.1.0.emb_layers" not in key}

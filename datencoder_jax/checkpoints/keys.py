@@ -1,19 +1,29 @@
 """The names that tensors go by in the wild, and the one name each has here.
 
 Names here are those of current diffusers and transformers. Files differ in a few known ways: the attention of the VAE's
-middle block was renamed, towers come with and without their prefix, and old exports carry index buffers. Whole other
-ways of naming are `single_file` (checkpoints of one file) and `openclip`.
+middle block was renamed, towers come with and without their prefix, and old exports carry index buffers. Programs also
+leave harmless tensors beside the weights (`is_extra`), which are ignored and named in one warning. Whole other ways of
+naming are `single_file` (checkpoints of one file) and `openclip`.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from datencoder_jax.checkpoints.layouts import list_some
 from datencoder_jax.errors import UserError
 
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 """Index buffers, not parameters."""
+
+_EXTRA = re.compile(
+    r"(?:^|\.)(?:(?:loss|model_ema)\.|(?P<tower>text_model|vision_model|visual)\."
+    r"|(?:attn_mask|logit_scale|logit_bias|global_step|epoch|(?:text|visual)_projection(?:\.weight)?)$)"
+)
+"""The loss that a VAE was trained with, averaged weights, the other tower of CLIP, its attention mask, temperature and
+projections, and counters of training."""
 
 _PREFIXES = ("text_model.", "vision_model.")
 
@@ -60,16 +70,36 @@ def renamed(tensors: Tensors, rename: Callable[[str], str | None], origin: str) 
 
 
 def public(tensors: Tensors, wanted: Collection[str], origin: str) -> Tensors:
-    """Tensors under public names, as far as `wanted` has them.
+    """Tensors under public names, as far as `wanted` has them; it warns of harmless others, which it leaves out.
 
     Raises:
         UserError: two tensors go by one name.
     """
     found = renamed(tensors, lambda key: public_name(key, wanted), origin)
+    extras = [name for name in found if name not in wanted and is_extra(name, wanted)]
+    for name in extras:
+        del found.readers[name]
+    warn_of_extras(extras, origin)
     for name, read in found.readers.items():
         if _VAE_PROJECTION.search(name):
             found.readers[name] = lambda read=read: _linear(read())
     return found
+
+
+def is_extra(key: str, wanted: Collection[str] = ()) -> bool:
+    """Whether a tensor that is none of the `wanted` does no harm: training and conversion leave it beside the weights.
+
+    A tensor of a tower is none of these where `wanted` has that tower: then the tower is not the one described.
+    """
+    match = _EXTRA.search(key)
+    return bool(match) and not (match["tower"] and any(name.startswith(f"{match['tower']}.") for name in wanted))
+
+
+def warn_of_extras(extras: Sequence[str], origin: str) -> None:
+    """Warns of harmless tensors that are ignored, where there are any; `origin` is what it calls the file."""
+    if extras:
+        names = list_some(sorted(extras), ", ", 3)
+        warnings.warn(f"{origin} holds {len(extras)} tensor(s) that are not used: {names}", stacklevel=2)
 
 
 def public_name(key: str, wanted: Collection[str]) -> str | None:

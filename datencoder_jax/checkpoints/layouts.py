@@ -87,7 +87,7 @@ def converted(
         # Transposing and casting in one pass would take longer than both.
         yield name, np.ascontiguousarray(_swap(name, array, to_torch=False))
     if odd:
-        raise UserError(f"{origin}: {len(odd)} tensor(s) have the wrong shape: {_some(odd, '; ')}.")
+        raise UserError(f"{origin}: {len(odd)} tensor(s) have the wrong shape: {list_some(odd, '; ')}.")
 
 
 def to_torch_layout(
@@ -109,7 +109,7 @@ def to_torch_layout(
         if tuple(params[name].shape) != tuple(wanted.shape)
     ]
     if odd:
-        raise UserError(f"{origin}: {len(odd)} parameter(s) have the wrong shape: {_some(odd, '; ')}.")
+        raise UserError(f"{origin}: {len(odd)} parameter(s) have the wrong shape: {list_some(odd, '; ')}.")
     return {name: cast(_swap(name, np.asarray(params[name]), to_torch=True), dtype, name, origin) for name in abstract}
 
 
@@ -117,7 +117,7 @@ def check_names(found: Iterable[str], wanted: Iterable[str], origin: str) -> Non
     """Raises `UserError` unless both hold the same names."""
     found, wanted = set(found), set(wanted)
     parts = [
-        f"{len(names)} {what} ({_some(sorted(names), ', ')})"
+        f"{len(names)} {what} ({list_some(sorted(names), ', ')})"
         for what, names in (("missing", wanted - found), ("unexpected", found - wanted))
         if names
     ]
@@ -137,5 +137,6 @@ def cast(array: np.ndarray, dtype: str, name: str, origin: str) -> np.ndarray:
     return result
 
 
-def _some(items: list[str], separator: str, most: int = 5) -> str:
+def list_some(items: list[str], separator: str, most: int = 5) -> str:
+    """The first `most` of the items, and how many more there are."""
     return separator.join(items[:most]) + (f"{separator}and {len(items) - most} more" if len(items) > most else "")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datencoder_jax.checkpoints.keys import Tensors, public, renamed
+from datencoder_jax.checkpoints.keys import Tensors, is_extra, public, renamed, warn_of_extras
 from datencoder_jax.checkpoints.openclip import text_tower
 from datencoder_jax.checkpoints.parts import BaseParts, read_models
 from datencoder_jax.checkpoints.paths import expand_user
@@ -38,7 +38,10 @@ _KNOWN = re.compile(
     r"|^(cond_stage_model|conditioner\.embedders\.0)\.text_projection(\.weight)?$"
 )
 """What is known and no weight of a part: tables of the noise schedule, the averaged weights of training, CLIP's
-temperature, the two marks of `_told`, and the projection of CLIP's text tower where pictures are drawn without it."""
+temperature, the two marks of `_told`, and the projection of CLIP's text tower where pictures are drawn without it. Such
+tensors are in published files, so nothing is said of them; of other harmless ones, `keys.is_extra`, it is."""
+
+_PROJECTION = re.compile(r"(^|\.)text_projection(\.weight)?$")
 
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -171,22 +174,26 @@ def split(tensors: Tensors, origin: str) -> tuple[Family, dict[str, Tensors]]:
     """Which generation a file is of, and the tensors of each component under the names of diffusers and transformers.
 
     Raises:
-        UserError: the file, which it calls `origin`, is of no such model, or holds other tensors as well.
+        UserError: the file, which it calls `origin`, is of no such model, or holds weights of something else as well.
     """
     family = _family(tensors, origin)
     prefixes = {"unet": _UNET, "vae": _VAE} | {name: tower.prefix for name, tower in family.towers.items()}
     parts = {name: Tensors({}) for name in prefixes}
-    odd = []
+    odd, extras = [], []
     for key, read in tensors.readers.items():
-        name = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
         if _KNOWN.search(key):
             continue
-        if name is None:
+        name = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
+        inside = key.removeprefix(prefixes.get(name or "", ""))
+        if _is_extra(inside, family.towers.get(name or "")):
+            extras.append(key)
+        elif name is None:
             odd.append(key)
         else:
-            parts[name].readers[key.removeprefix(prefixes[name])] = read
+            parts[name].readers[inside] = read
     if odd:
         raise UserError(f"{origin} holds {len(odd)} tensor(s) that are of no known part, such as {odd[0]}.")
+    warn_of_extras(extras, origin)
     parts["unet"] = renamed(parts["unet"], unet_names(parts["unet"]), origin)
     parts["vae"] = renamed(parts["vae"], vae_names(parts["vae"]), origin)
     for name, tower in family.towers.items():
@@ -195,6 +202,13 @@ def split(tensors: Tensors, origin: str) -> tuple[Family, dict[str, Tensors]]:
             parts[name] = without_last_layer(parts[name])
         _check_depth(parts[name], tower, origin)
     return family, parts
+
+
+def _is_extra(key: str, tower: _Tower | None) -> bool:
+    """Whether a tensor, its name without its part's prefix, is harmless and not used; `tower` is its text tower."""
+    if tower is not None and tower.open_clip and _PROJECTION.search(key):
+        return False  # of XL it is used, and of 2.x it goes with the last layer
+    return is_extra(key, ("text_model.",))
 
 
 def _check_depth(tensors: Tensors, tower: _Tower, origin: str) -> None:

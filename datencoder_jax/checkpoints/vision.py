@@ -32,6 +32,7 @@ _OPEN_TEXT = (
     "positional_embedding",
     "ln_final.",
     "text_projection",
+    "attn_mask",
     "logit_",
 )
 _OPEN_OPTIONS = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout"}
