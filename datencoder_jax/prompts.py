@@ -28,6 +28,20 @@ PROMPTS = (
 """What is drawn when no prompt is given and the base model has none of its own; the placeholder is `S*`."""
 
 
+_BLANKLESS = (
+    # Thai, Lao, Tibetan, Burmese, Khmer and their neighbours
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\uaa60-\uaadf"
+    # Chinese and Japanese
+    "\u3005-\u3007\u3040-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0003ffff"
+    # Korean, which writes particles on to the word before them
+    "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"
+)
+"""The letters of scripts that put no blanks between words, as ranges of a character class."""
+
+_LETTER = rf"[^\W{_BLANKLESS}]"
+"""A letter or digit of all other scripts."""
+
+
 class PromptTokenizer:
     """CLIP's tokenizer of a base model's `tokenizer/` folder.
 
@@ -72,8 +86,7 @@ class PromptTokenizer:
             UserError: a prompt is so long that a placeholder is not left in it once in full.
         """
         if words:
-            known = dict(words)
-            prompts = [_any(known).sub(lambda found: known[found[0]], prompt) for prompt in prompts]
+            prompts = [put_words(prompt, words) for prompt in prompts]
         # The hard prompt goes with a soft one, which has said what is cut.
         return np.array([self._encode(prompt, placeholders or {}, words is None) for prompt in prompts], np.int32)
 
@@ -164,16 +177,30 @@ class PromptTokenizer:
 
 
 def placeholder(token: str) -> re.Pattern[str]:
-    """The pattern of a placeholder in a prompt: where it begins or ends with a letter, no letter may be beside it."""
+    """The pattern of a placeholder in a prompt: where it begins or ends with a letter, no letter may be beside it.
+
+    The letters of scripts without blanks between words, such as Chinese and Thai, are no such letters.
+    """
     return _any([token])
+
+
+def put_words(prompt: str, words: Mapping[str, str]) -> str:
+    """The prompt with words in the places of placeholders; a blank keeps each apart from a letter beside it."""
+
+    def word(match: re.Match[str]) -> str:
+        before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
+        blanks = (" " if re.match(r"\w", letter) else "" for letter in (before, after))
+        return words[match[0]].join(blanks)
+
+    return _any(words).sub(word, prompt)
 
 
 def _any(tokens: Iterable[str]) -> re.Pattern[str]:
     """The pattern of several placeholders, the longest first: one may begin with another."""
 
     def one(token: str) -> str:
-        before, after = (r"\b" if re.match(r"\w", edge) else "" for edge in (token[0], token[-1]))
-        return f"{before}{re.escape(token)}{after}"
+        before, after = (re.match(_LETTER, edge) for edge in (token[0], token[-1]))
+        return f"{f'(?<!{_LETTER})' if before else ''}{re.escape(token)}{f'(?!{_LETTER})' if after else ''}"
 
     return re.compile("|".join(one(token) for token in sorted(tokens, key=len, reverse=True)))
 

@@ -1,12 +1,14 @@
 """Prompts to token ids: the placeholder, the hard prompt, what is cut, and which words may be a concept's neighbour."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import datencoder_jax
 from datencoder_jax.errors import UserError
-from datencoder_jax.prompts import PromptTokenizer, check_prompts
+from datencoder_jax.prompts import PromptTokenizer, check_prompts, placeholder, put_words
 from datencoder_jax.toyworld.tokenizer import END, MAX_LENGTH, START, build, write_tokenizer
 
 VOCABULARY = build()[0]
@@ -173,6 +175,48 @@ def test_bad_prompts_are_refused_in_one_sentence(prompts, tokens, message):
     with pytest.raises(UserError, match=message) as info:
         check_prompts(prompts, tokens)
     assert "\n" not in str(info.value)
+
+
+WITHOUT_BLANKS = [
+    ("猫", "一只猫在海边", "一只 cat 在海边"),
+    ("ねこ", "海辺のねこと犬", "海辺の cat と犬"),
+    ("ネコ", "海辺のネコと犬", "海辺の cat と犬"),
+    ("แมว", "ภาพแมวดำ", "ภาพ cat ดำ"),
+    ("고양이", "해변의 고양이가 있다", "해변의 cat 가 있다"),
+    ("sks", "一只sks在海边", "一只 cat 在海边"),
+    ("猫", "a猫b", "a cat b"),
+    ("S*", "一只S*在海边", "一只 cat 在海边"),
+    ("猫1", "一只猫1在海边", "一只 cat 在海边"),
+]
+"""Token, prompt and the prompt with "cat" in the token's place."""
+
+
+@pytest.mark.parametrize(("token", "prompt", "hard"), WITHOUT_BLANKS)
+def test_placeholders_are_contained_in_scripts_without_blanks(tokenizer, token, prompt, hard):
+    check_prompts([prompt], [token])
+    assert put_words(prompt, {token: "cat"}) == hard
+    assert inside(tokenizer.encode([prompt], {token: 1})[0]).count(CONCEPT) == 1
+    np.testing.assert_array_equal(tokenizer.encode([prompt], words={token: "cat"}), tokenizer.encode([hard]))
+
+
+@pytest.mark.parametrize(
+    ("token", "prompt"), [("sks", "一只masks在海边"), ("猫1", "一只猫12"), ("кот", "котик"), ("sks", "sksé")]
+)
+def test_letters_of_scripts_with_blanks_still_hide_a_placeholder(token, prompt):
+    with pytest.raises(UserError, match="does not contain"):
+        check_prompts([prompt], [token])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_exported_pipeline_has_the_same_placeholders():
+    import runpy
+
+    package = Path(datencoder_jax.__file__).parent
+    concept = runpy.run_path(str(package / "assets" / "diffusers" / "pipeline.py"))["Concept"]
+    for token, prompt, hard in WITHOUT_BLANKS:
+        assert concept(token, "cat", 0.5, None).in_words(prompt) == hard
+        assert concept(token, "cat", 0.5, None).placeholder.pattern == placeholder(token).pattern
 
 
 def test_good_prompts_pass():

@@ -40,7 +40,7 @@ from datencoder_jax.data.reading import fit_square, read_image
 from datencoder_jax.data.writing import check_writable, reserve_room, write_files
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS
-from datencoder_jax.prompts import placeholder
+from datencoder_jax.prompts import put_words
 from datencoder_jax.typing import Concept, LearningRates
 
 if TYPE_CHECKING:
@@ -314,9 +314,7 @@ def _scores(
     if concept.blend == 1.0 or not can_score(pipeline):
         return None
     soft = api.generate(pipeline, prompts, concept=concept, blend=1.0, **drawing).images
-    texts = list(prompts)
-    for token, word in concept.words.items():
-        texts = [placeholder(token).sub(lambda _, word=word: word, text) for text in texts]
+    texts = [put_words(prompt, concept.words) for prompt in prompts]
     rows = [text for text in texts for _ in range(images.shape[1])]
 
     def score(pictures: np.ndarray) -> dict[str, float]:

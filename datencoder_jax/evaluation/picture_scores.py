@@ -51,7 +51,7 @@ from datencoder_jax.models.clip_vision import VisionOutput
 from datencoder_jax.models.dino import DINOOutput
 from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import CLIP_MEAN, CLIP_STD, Pipeline
-from datencoder_jax.prompts import PromptTokenizer, placeholder
+from datencoder_jax.prompts import PromptTokenizer, placeholder, put_words
 from datencoder_jax.runtime.precision import exact_products
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -298,9 +298,8 @@ def plain_prompt(prompt: str, token: str, word: str) -> str:
 
     Where the word follows the placeholder anyway (`a S* backpack`), the placeholder is dropped.
     """
-    mark = placeholder(token).pattern
-    before_word = rf"(?:{mark})\s+(?={re.escape(word)}\b)"
-    return re.sub(mark, lambda _: word, re.sub(before_word, "", prompt))
+    before_word = rf"(?:{placeholder(token).pattern})\s+(?={placeholder(word).pattern})"
+    return put_words(re.sub(before_word, "", prompt), {token: word})
 
 
 def cut_out(pictures: Pictures, masks: Iterable[np.ndarray]) -> list[np.ndarray]:

@@ -32,6 +32,16 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _GUIDANCE = inspect.signature(StableDiffusionPipeline.__call__).parameters["guidance_scale"].default
 
 
+# The letters of scripts that put no blanks between words, as ranges of a character class: Thai, Lao, Tibetan, Burmese,
+# Khmer; Chinese and Japanese; Hangul, whose particles are written on to the word.
+_BLANKLESS = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\uaa60-\uaadf"
+    "\u3005-\u3007\u3040-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0003ffff"
+    "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"
+)
+_LETTER = rf"[^\W{_BLANKLESS}]"  # of all other scripts
+
+
 class Concept(NamedTuple):
     """The placeholder, the hard path's word, the weight of the soft path, and token vectors `[n, d]`.
 
@@ -51,19 +61,27 @@ class Concept(NamedTuple):
 
     @property
     def placeholder(self):
-        """Their pattern in a prompt: where one begins or ends with a letter, no letter may be beside it."""
+        """Their pattern in a prompt: where one begins or ends with a letter, no letter may be beside it.
+
+        The letters of scripts without blanks between words, such as Chinese and Thai, are no such letters.
+        """
 
         def one(token):
-            before, after = (r"\b" if re.match(r"\w", edge) else "" for edge in (token[0], token[-1]))
-            return f"{before}{re.escape(token)}{after}"
+            before, after = (re.match(_LETTER, edge) for edge in (token[0], token[-1]))
+            return f"{f'(?<!{_LETTER})' if before else ''}{re.escape(token)}{f'(?!{_LETTER})' if after else ''}"
 
         return re.compile("|".join(one(token) for token in sorted(self.tokens, key=len, reverse=True)))
 
     def in_words(self, prompt):
-        """The hard path's prompt."""
+        """The hard path's prompt; a blank keeps its words apart from letters beside them."""
         words = [self.word] if len(self.tokens) == 1 else self.word.split()
         known = dict(zip(self.tokens, words, strict=True))
-        return self.placeholder.sub(lambda found: known[found[0]], prompt)
+
+        def word(match):
+            before, after = prompt[: match.start()][-1:], prompt[match.end() :][:1]
+            return known[match[0]].join(" " if re.match(r"\w", letter) else "" for letter in (before, after))
+
+        return self.placeholder.sub(word, prompt)
 
     def places(self, token):
         """Which of the vectors a placeholder stands for."""
