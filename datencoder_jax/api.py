@@ -20,6 +20,7 @@ from datencoder_jax.loading import import_embedding, load, nearest_words, with_l
 from datencoder_jax.methods import METHODS, datencoder, perfusion
 from datencoder_jax.methods.method import RARE, TOKEN, Method, Setup, embeddings_of, trained_numbers
 from datencoder_jax.pipeline import Pipeline
+from datencoder_jax.printable import is_printable
 from datencoder_jax.prior import PriorOptions, draw_prior
 from datencoder_jax.prompts import TEMPLATE
 from datencoder_jax.tuning import TuningConfig
@@ -121,7 +122,7 @@ def personalize(
         raise UserError(f"rank must be 1 or more, not {rank}")
     tokens = token.split()
     around = TEMPLATE if len(tokens) == 1 else TEMPLATE + AND
-    if not tokens or any(each in around for each in tokens):
+    if not tokens or not is_printable(token) or any(each in around for each in tokens):
         raise UserError(f"{token!r} cannot be the placeholder; choose something no prompt holds otherwise, such as S*")
     if len(tokens) > 1 and not chosen.several:
         able = ", ".join(name for name, other in METHODS.items() if other.several)

@@ -3,6 +3,8 @@
 import errno
 import re
 
+from datencoder_jax.printable import escape_hidden
+
 _PASSING = {
     errno.EIO,
     errno.ESTALE,
@@ -17,8 +19,12 @@ _PASSING = {
 class UserError(Exception):
     """A mistake in the input, said in one sentence that names what is at fault and the way out.
 
-    The command line prints the sentence alone and exits with status 2; in Python it is an ordinary exception.
+    The command line prints the sentence alone and exits with status 2; in Python it is an ordinary exception. Names in
+    it may come from files of strangers, so characters that cannot be seen are escaped.
     """
+
+    def __init__(self, sentence: str = ""):
+        super().__init__(escape_hidden(str(sentence)))
 
 
 class PassingError(UserError):

@@ -26,6 +26,7 @@ from datencoder_jax.errors import UserError
 from datencoder_jax.memory import PRESETS, choose, for_xl
 from datencoder_jax.models.module import Model
 from datencoder_jax.pipeline import Pipeline, attention_shapes, read_pipeline, with_vision
+from datencoder_jax.printable import is_printable
 from datencoder_jax.runtime.target import Target, current_target
 from datencoder_jax.typing import AnyArray, Concept, LowRank
 
@@ -254,6 +255,8 @@ def import_embedding(pipeline: Pipeline, path: str | Path, token: str | None = N
     token = token or named
     if not token:
         raise UserError(f"{path} names no token; say which placeholder it is to have")
+    if not is_printable(token):
+        raise UserError(f"{path} names a token that cannot be printed, {token!r}; say which placeholder it is to have")
     if token.split() != [token]:
         raise UserError(f"the placeholder {token!r} must be one word without spaces")
     nearest = nearest_words(pipeline, jnp.asarray(vectors))

@@ -1,5 +1,6 @@
 """Concept files, and the atomic writing beneath them: whole and right, or refused in one sentence."""
 
+import json
 import resource
 
 import numpy as np
@@ -11,6 +12,7 @@ from datencoder_jax.checkpoints.atomic import atomic_write, save_tensors
 from datencoder_jax.checkpoints.concept_file import concept_size, load_concept, save_concept
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.errors import UserError
+from datencoder_jax.printable import escape_hidden
 
 # --- atomic writing
 
@@ -161,3 +163,58 @@ def test_concepts_with_odd_content(tmp_path):
     refuses("not finite", save_concept, path, concept(blend=float("nan")))
     refuses("not finite", save_concept, path, concept(embeddings=np.full((1, 4), np.inf, np.float32)))
     assert list(tmp_path.iterdir()) == []
+
+
+HIDDEN = ["\x1b]0;owned\x07", "a\nb", "a\tb", "a\x85b", "a\u2028b", "\u202etac", "a\u200bb", "\x00", "\udce9"]
+"""Escape sequences, line breaks, and characters that nobody sees."""
+
+
+@pytest.mark.parametrize("text", HIDDEN[:-1])  # half of a surrogate pair cannot be stored
+@pytest.mark.parametrize("key", ["token", "base", "fingerprint", "nearest_word", "value", "key", "tensor"])
+def test_text_that_is_not_one_printable_line_is_refused(tmp_path, key, text):
+    meta = {"format": "datencoder-concept", "format_version": "1", "token": "S*", "blend": "1"}
+    meta |= {"base": "b", "fingerprint": "f", "nearest_word": "w"}
+    tensors = {"embeddings": np.ones((1, 4), np.float32)}
+    if key == "tensor":
+        tensors |= {f"offsets.{text}.{part}": np.ones((2, 2), np.float32) for part in ("down", "up")}
+    elif key in ("key", "value"):
+        meta["details"] = json.dumps({text: "1"} if key == "key" else {"steps": text})
+    else:
+        meta[key] = f"S{text}*"
+    save_file(tensors, tmp_path / "c", meta)
+    message = refuses("text that is not one line of printable characters", load_concept, tmp_path / "c", "0" * 32)
+    assert message.isprintable()
+
+
+def test_a_half_of_a_surrogate_pair_is_refused(tmp_path):
+    meta = {"format": "datencoder-concept", "format_version": "1", "token": "S*", "blend": "1"}
+    meta |= {"base": "b", "fingerprint": "f", "nearest_word": "w", "details": json.dumps({"steps": HIDDEN[-1]})}
+    save_file({"embeddings": np.ones((1, 4), np.float32)}, tmp_path / "c", meta)
+    refuses("printable characters, in steps", load_concept, tmp_path / "c")
+
+
+def test_words_of_all_scripts_are_printable(tmp_path):
+    """Blanks of all widths, and the joiners that scripts and emoji are written with, are no hidden text."""
+    values = {
+        "token": "<gömb-猫>",
+        "nearest_word": "👩\u200d🎤 نمی\u200cخواهم",
+        "base": "C:\\models\\été 1\u202f2\u3000x",
+    }
+    save_concept(tmp_path / "c", concept(**values, metadata={"ключ": "“值”"}))
+    found = load_concept(tmp_path / "c")
+    assert {name: getattr(found, name) for name in values} == values and found.metadata == {"ключ": "“值”"}
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_what_is_saved_can_be_loaded(tmp_path, text):
+    save_concept(tmp_path / "c", concept(base=f"b{text}", nearest_word=f"w{text}", metadata={f"k{text}": text}))
+    found = load_concept(tmp_path / "c")
+    assert found.base == f"b{escape_hidden(text)}" and found.base.isprintable()
+    if text.split() == [text]:
+        refuses("printable characters, in token", save_concept, tmp_path / "d", concept(token=text))
+        assert not (tmp_path / "d").exists()
+
+
+def test_errors_show_hidden_characters_as_escapes():
+    assert str(UserError("There is no file a\x1b[2J\nb\udce9.")) == r"There is no file a\x1b[2J\nb\udce9."
+    assert str(UserError("猫 été 🎤")) == "猫 été 🎤"

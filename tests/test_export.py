@@ -1,6 +1,7 @@
 """A concept's files for other programs, against those programs."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -29,6 +30,7 @@ from datencoder_jax.checkpoints.export import (
     possible_kinds,
 )
 from datencoder_jax.checkpoints.lora_files import read_lora
+from datencoder_jax.checkpoints.model_card import MARK
 from datencoder_jax.commands.export import run, thumbnail
 from datencoder_jax.models.edits import ready
 from datencoder_jax.models.module import abstract_params
@@ -328,6 +330,37 @@ def test_metadata_is_complete(tmp_path, widths, prediction, architecture, versio
     of_embedding = metadata(tmp_path / "my-toy_emb.safetensors")
     assert of_embedding["modelspec.architecture"] == f"{architecture}/textual-inversion"
     assert of_embedding["modelspec.trigger_phrase"] == of_embedding["modelspec.title"] == "my-toy_emb"
+
+
+HOSTILE = "<img src=x onerror=alert(1)> [a](http://evil.example) ``` **b** www.evil.example @all |#1 &lt; $x$ \\"
+
+
+def test_the_card_shows_text_of_the_concept_as_it_is(tmp_path, concept):
+    """Words, settings, base and placeholder come from a file: none of them is HTML or Markdown of the card."""
+    odd = {
+        "nearest_word": HOSTILE,
+        "metadata": {"note": HOSTILE, f"key {HOSTILE}": "1"},
+        "base": f"/models/{HOSTILE.replace('/', '')}",
+        "fingerprint": "<b>*_`@",
+        "token": "`<script>`",
+    }
+    export_concept(tmp_path, replace(concept, **odd), TARGET, name="toy", kinds=["card"])
+    card = (tmp_path / "README.md").read_text()
+    body = card.split("\n---\n", 1)[1]
+    prose = re.sub(r"```python\n.*?\n```", "", body, flags=re.DOTALL).replace(MARK, "")
+    assert set(re.findall(r"<[^>]*>", prose)) <= {"<code>", "</code>"}
+    for text in ("http://", "www.evil", "[a]", "**b", " @all", " #1", " $x"):
+        assert text not in prose
+    shown = html.unescape(re.sub(r"\\(\W)", r"\1", prose))
+    assert shown.count(HOSTILE) >= 3 and "<code>`<script>`</code>" in shown
+    assert prose.count("```") == 0
+
+
+def test_the_card_says_whose_code_is_trusted(tmp_path, concept):
+    export_concept(tmp_path, replace(concept, base="someone/some-model"), TARGET, name="toy")
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert "`trust_remote_code=True` lets diffusers run Python code of others" in card
+    assert "with the base model, someone/some-model, which the concept's file names" in card
 
 
 def test_the_card(out, tmp_path, concept):

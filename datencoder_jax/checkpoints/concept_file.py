@@ -25,6 +25,7 @@ from datencoder_jax.checkpoints.concept_reader import read_reader, reader_arrays
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.weights import open_tensors, read_tensor
 from datencoder_jax.errors import UserError
+from datencoder_jax.printable import escape_hidden, is_printable
 from datencoder_jax.typing import Concept, Dense, Edit, Gate, Gated, LowRank, Offsets, Removed, Residual
 
 FORMAT = "datencoder-concept"
@@ -46,7 +47,8 @@ def save_concept(path: str | Path, concept: Concept) -> None:
     """Writes `concept` at `path`, whole or not at all.
 
     Raises:
-        UserError: the concept holds values that are not finite or shapes that do not fit, or `path` cannot be written.
+        UserError: the concept holds values that are not finite, shapes that do not fit or a placeholder that cannot be
+            printed, or `path` cannot be written.
     """
     host, metadata = _content(concept)
     with atomic_write(path) as temporary:
@@ -80,11 +82,14 @@ def _content(concept: Concept) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         "format_version": VERSION,
         "token": concept.token,
         "blend": repr(float(concept.blend)),
-        "base": concept.base,
+        "base": escape_hidden(concept.base),
         "fingerprint": concept.fingerprint,
-        "nearest_word": concept.nearest_word,
-        "details": json.dumps(concept.metadata, sort_keys=True),
+        "nearest_word": escape_hidden(concept.nearest_word),
+        "details": json.dumps(
+            {escape_hidden(key): escape_hidden(value) for key, value in concept.metadata.items()}, sort_keys=True
+        ),
     }
+    _check_text("The concept", metadata, {}, host)
     return host, metadata
 
 
@@ -107,7 +112,7 @@ def load_concept(
 
     Raises:
         UserError: the file is missing, damaged, no concept file, of an unknown version, made for another base model, or
-            holds values that are not finite or shapes that do not fit.
+            holds values that are not finite, shapes that do not fit or text that is not one printable line.
     """
     path = expand_user(path)
     if path.is_dir():
@@ -117,13 +122,14 @@ def load_concept(
         _check_format(path, metadata)
         names = list(file.keys())
         host = {key: read_tensor(path, file, key).astype(np.float32) for key in names}
+    blend, details = _parse(path, metadata)
+    _check_text(str(path), metadata, details, host)
     if fingerprint is not None and metadata["fingerprint"] != fingerprint:
         raise UserError(
             f"{path} belongs to another base model: it was made for {metadata['base']} "
             f"({metadata['fingerprint'][:8]}) and this is {base} ({fingerprint[:8]}); "
             "load that model, or personalize again with this one."
         )
-    blend, details = _parse(path, metadata)
     _check_values(str(path), host, blend)
     offsets, gate = _parts(str(path), host)
     tokens, words = metadata["token"].split(), metadata["nearest_word"].split()
@@ -163,6 +169,21 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[float, dict[str, st
         return float(metadata["blend"]), {str(key): str(value) for key, value in details.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is a damaged concept file: its metadata cannot be read ({error}).") from error
+
+
+def _check_text(
+    origin: str, metadata: Mapping[str, str], details: Mapping[str, str], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Raises `UserError` unless every text of a concept is one printable line: it goes to terminals and model cards."""
+    texts = {key: metadata[key] for key in ("token", "base", "fingerprint", "nearest_word")}
+    odd = [key for key, text in texts.items() if not is_printable(text)]
+    odd += [key for key, text in details.items() if not is_printable(key + text)]
+    odd += [name for name in arrays if not is_printable(name)]
+    if odd:
+        raise UserError(
+            f"{origin} holds text that is not one line of printable characters, in {', '.join(odd[:5])}; it may have "
+            "been made to mislead, so take it from somebody you trust."
+        )
 
 
 def _check_values(origin: str, arrays: Mapping[str, np.ndarray], blend: float) -> None:

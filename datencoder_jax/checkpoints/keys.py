@@ -14,6 +14,7 @@ import numpy as np
 
 from datencoder_jax.checkpoints.layouts import list_some
 from datencoder_jax.errors import UserError
+from datencoder_jax.printable import escape_hidden
 
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 """Index buffers, not parameters."""
@@ -98,7 +99,7 @@ def is_extra(key: str, wanted: Collection[str] = ()) -> bool:
 def warn_of_extras(extras: Sequence[str], origin: str) -> None:
     """Warns of harmless tensors that are ignored, where there are any; `origin` is what it calls the file."""
     if extras:
-        names = list_some(sorted(extras), ", ", 3)
+        names = escape_hidden(list_some(sorted(extras), ", ", 3))
         warnings.warn(f"{origin} holds {len(extras)} tensor(s) that are not used: {names}", stacklevel=2)
 
 

@@ -1,5 +1,6 @@
 """The model card of an exported concept: what it is, its pictures and scores, and how other programs use it."""
 
+import html
 import json
 import os
 import re
@@ -7,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from datencoder_jax.checkpoints.embedding_files import DIFFUSERS_FILE, diffusers_token, each
 from datencoder_jax.checkpoints.hub import TOYWORLD
+from datencoder_jax.printable import escape_hidden
 from datencoder_jax.typing import Concept, Gated, Residual
 
 MARK = "<!-- made by datencoder -->"
@@ -24,6 +26,9 @@ pipe = DiffusionPipeline.from_pretrained({base}, custom_pipeline="<this folder>"
 pipe.load_concept("<this folder>/concept.safetensors")
 pipe({prompt}).images[0].save("picture.png")
 ```
+
+`trust_remote_code=True` lets diffusers run Python code of others: `pipeline.py` of this folder, and whatever code comes
+with the base model, {source}, which the concept's file names. Read the one, and trust whoever publishes the other.
 """
 
 _PLAIN = """## diffusers, {plain_way}
@@ -80,6 +85,7 @@ def model_card(
     words = [file.removesuffix(".safetensors") for file, *_ in each(concept, f"{name}_emb.safetensors")]
     values = {
         "base": _quoted(concept.base if _on_hub(concept.base) else _BASE_FOLDER),
+        "source": _escaped(concept.base) if _on_hub(concept.base) else "in the folder that you put there",
         "prompt": _quoted(f"{prompt} on the beach"),
         "plain_prompt": _quoted(f"a photo of a {plain} on the beach"),
         "plain_way": "the soft path alone" if concept.blend < 1 else "without a custom pipeline",
@@ -128,15 +134,15 @@ def _front_matter(concept: Concept, prompt: str, files: Collection[str], encoder
 
 def _introduction(concept: Concept, name: str, files: Collection[str]) -> str:
     made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sorted(concept.metadata.items()))
-    base = base_name(concept.base)
-    tokens = " and ".join(f"`{token}`" for token in concept.placeholders)
+    base = _escaped(base_name(concept.base))
+    tokens = " and ".join(map(_code, concept.placeholders))
     picture = "\n![Samples](samples.png)\n" if "samples.png" in files else ""
     return f"""# {name}
 
-A concept of one particular thing, for text-to-image models on {base} (weights {concept.fingerprint[:8]}).
-In prompts it is {tokens}, where a plain one has "{concept.nearest_word}".
+A concept of one particular thing, for text-to-image models on {base} (weights {_escaped(concept.fingerprint[:8])}).
+In prompts it is {tokens}, where a plain one has "{_escaped(concept.nearest_word)}".
 {_nowhere_else(concept)}{picture}
-Made with: {made or "settings that were not kept"}.
+Made with: {_escaped(made) or "settings that were not kept"}.
 
 {_paths(concept)}"""
 
@@ -160,16 +166,30 @@ programs hold its embedding alone, and draw something less alike.
 """
     if concept.blend == 1:
         return "The concept has one path, and LoRA and embedding files hold all of it.\n"
+    word = _escaped(concept.nearest_word)
     return f"""The concept is drawn along two paths, which every attention layer blends: {concept.blend:g} of the soft
 path, which has the concept, and {1 - concept.blend:g} of the hard path, the base model reading
-"{concept.nearest_word}". The two together are not a change of weights, so LoRA and embedding files hold the soft path
+"{word}". The two together are not a change of weights, so LoRA and embedding files hold the soft path
 alone, and that is what user interfaces, and diffusers without `pipeline.py`, draw.
 """
 
 
 def _quoted(text: str) -> str:
     """`text` as a string of Python, JSON and YAML."""
-    return json.dumps(text, ensure_ascii=False)
+    return escape_hidden(json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(text: str) -> str:
+    """`text` so that Markdown and HTML show it as it is, without links, names of users or signs of its own."""
+    text = re.sub(r"[\\`*_{}\[\]()#!|~$@:]|(?<=www)\.", r"\\\g<0>", escape_hidden(text), flags=re.IGNORECASE)
+    return html.escape(text, quote=False)
+
+
+def _code(text: str) -> str:
+    """`text` in the type of code."""
+    if re.search(r"[`<>&]", text):
+        return f"<code>{_escaped(text)}</code>"
+    return f"`{escape_hidden(text)}`"
 
 
 def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
