@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -39,10 +40,10 @@ def run(args: Namespace) -> None:
     with nullcontext() if args.report_only else lock_folder(args.out):
         begun = (args.out / SETTINGS).exists()
         check_replaceable(args.out, "evaluate", _WRITTEN, lambda _: begun, overwrite=args.overwrite)
-        _evaluate(args, setup)
+        _evaluate(args, setup, cautions)
 
 
-def _evaluate(args: Namespace, setup: Setup) -> None:
+def _evaluate(args: Namespace, setup: Setup, cautions: Sequence[str]) -> None:
     device = announce_device()
     from datencoder_jax.benchmark import rates
     from datencoder_jax.benchmark.entries import make_rows, parse_entries, parse_steps
