@@ -92,6 +92,12 @@ def test_resolve_base(tmp_path, monkeypatch):
     assert hub.resolve_base("toyworld").parts[-2:] == ("assets", "toyworld")
     refuses("There is no folder", hub.resolve_base, tmp_path / "none")
     refuses("home folder that is not known", hub.resolve_base, "~nosuchuser/x")
+    for name in ("MODEL.SAFETENSORS", "MODEL.CKPT"):
+        refuses(f"There is no file .*{name}", hub.resolve_base, tmp_path / name)
+        (tmp_path / name).write_bytes(b"x")
+    assert hub.resolve_base(tmp_path / "MODEL.SAFETENSORS") == tmp_path / "MODEL.SAFETENSORS"
+    refuses("neither a folder nor a .safetensors file.*from_single_file", hub.resolve_base, tmp_path / "MODEL.CKPT")
+    refuses("neither a folder nor a .safetensors file.*python -c", hub.resolve_vision, tmp_path / "MODEL.CKPT")
     (tmp_path / "sd.ckpt").write_text("")
     refuses("from_single_file", hub.resolve_base, tmp_path / "sd.ckpt")
     refuses("gone .*use stable-diffusion-v1-5/", hub.resolve_base, "runwayml/stable-diffusion-v1-5")

@@ -148,7 +148,8 @@ def test_files_that_are_none(tmp_path, read):
     for ending in (".pt", ".bin", ".ckpt", ".pth"):
         (tmp_path / f"old{ending}").write_bytes(b"\x80\x02}")
         message = refuses("is pickled", read, tmp_path / f"old{ending}", argument)
-        assert f"torch.load('old{ending}', weights_only=True)" in message and "'old.safetensors'" in message
+        old, new = (tmp_path / f"old{end}" for end in (ending, ".safetensors"))
+        assert f"torch.load('{old}', map_location='cpu', weights_only=True)" in message and f"'{new}'" in message
     refuses("There is no file .*none.safetensors", read, tmp_path / "none.safetensors", argument)
     refuses("is a folder without", read, tmp_path, argument)
     refuses("home folder that is not known", read, "~nosuchuser/x", argument)
@@ -158,6 +159,71 @@ def test_files_that_are_none(tmp_path, read):
     refuses("cut short", read, path, argument)
     path.write_bytes(b"")
     refuses("is empty", read, path, argument)
+
+
+def convert(message, folder):
+    """Runs the command that a refusal names, as a shell in `folder` does."""
+    import subprocess
+    import sys
+
+    command = message[message.index("python -c ") :].removesuffix(".").replace("python", f"'{sys.executable}'", 1)
+    subprocess.run(command, shell=True, cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("name", ["toy.pt", 'it\'s a "cat" $HOME `x` 50% 猫!.pt', "TOY.PT", "back\\slash.bin"])
+@pytest.mark.parametrize("kind", ["original", "A1111", "diffusers"])
+def test_the_command_that_converts_an_embedding_works(tmp_path, name, kind):
+    """Files of textual inversion's own code, of A1111 and of diffusers, whatever they are called, wherever it runs."""
+    import torch
+
+    vectors = torch.arange(12.0).reshape(6, 2).T  # not contiguous, as some programs save them
+    inside = {"*": torch.nn.Parameter(vectors)}
+    content = {
+        "original": {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict(inside)},
+        "A1111": {"string_to_token": {"*": 265}, "string_to_param": inside, "name": "toy", "step": 3},
+        "diffusers": {"<toy>": vectors},
+    }
+    (tmp_path / "files").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "files" / name
+    torch.save(content[kind], path)
+    convert(refuses("is pickled", read_embedding, path, (6,)), tmp_path / "elsewhere")
+    token, found = read_embedding(path.with_suffix(".safetensors"), (6,))
+    assert token == ("<toy>" if kind == "diffusers" else None)
+    np.testing.assert_array_equal(found, vectors)
+
+
+def test_the_command_that_converts_a_lora_works(shapes, tmp_path):
+    """A folder of PEFT or diffusers with pickled weights alone is told the same."""
+    import torch
+
+    offsets = draw_offsets({FIRST: shapes[FIRST]})
+    tensors = {key: torch.from_numpy(value.copy()) for key, value in diffusers_tensors(offsets).items()}
+    torch.save({"state_dict": tensors | {"unet.more": 3}, "epoch": 2}, tmp_path / "pytorch_lora_weights.bin")
+    convert(refuses("pytorch_lora_weights.bin is pickled", read_lora, tmp_path, shapes), tmp_path)
+    np.testing.assert_array_equal(read_lora(tmp_path, shapes)[FIRST].down, offsets[FIRST].down)
+
+
+def test_a_pickled_embedding_in_a_folder_is_told(tmp_path):
+    (tmp_path / "learned_embeds.bin").write_bytes(b"\x80\x02}")
+    refuses("learned_embeds.bin is pickled", read_embedding, tmp_path, (6,))
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02}"])
+def test_a_renamed_pickle_is_told_as_one(tmp_path, start):
+    (tmp_path / "e.safetensors").write_bytes(start + bytes(100))
+    refuses("is a pickled file under another ending", read_embedding, tmp_path / "e.safetensors", (6,))
+
+
+def test_endings_in_capitals(shapes, tmp_path):
+    save_file({"emb_params": np.ones((1, 6), "f4")}, tmp_path / "E.SAFETENSORS")
+    assert read_embedding(tmp_path / "E.SAFETENSORS", (6,))[0] is None
+    offsets = draw_offsets({FIRST: shapes[FIRST]})
+    save_file({k: np.ascontiguousarray(v) for k, v in kohya_tensors(offsets).items()}, tmp_path / "L.SAFETENSORS")
+    assert set(read_lora(tmp_path / "L.SAFETENSORS", shapes)) == {FIRST}
+    for read, argument in ((read_lora, shapes), (read_embedding, (6,))):
+        (tmp_path / "E.PT").write_bytes(b"\x80\x02}")
+        refuses("E.PT is pickled", read, tmp_path / "E.PT", argument)
 
 
 def test_the_way_out_of_a_pickle(tmp_path):

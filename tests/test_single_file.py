@@ -337,6 +337,12 @@ def test_weights_of_something_else_are_no_harmless_tensors(tmp_path, name):
     refuses("1 tensor.s. that are of no known part", read_base, save(tmp_path / "model.safetensors", tensors))
 
 
+def test_endings_in_capitals(tmp_path):
+    tensors = random_tensors(SMALL["1.x"])
+    small, capital = (read_base(save(tmp_path / name, tensors)) for name in ("m.safetensors", "M.SAFETENSORS"))
+    assert small.fingerprint == capital.fingerprint
+
+
 def test_strict_both_ways(tmp_path):
     tensors, path = random_tensors(SMALL["1.x"]), tmp_path / "model.safetensors"
     lacking = {key: value for key, value in tensors.items() if "output_blocks.1.0.emb_layers" not in key}

@@ -1,5 +1,6 @@
 """Tensors of one component: layouts, variants and shards are read, and damage is refused."""
 
+import ast
 import json
 import struct
 import weakref
@@ -104,8 +105,20 @@ def test_pickles_are_refused(base):
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     refuses("only pickled weights .*python -c", read_base, base)
-    weights.with_suffix(".bin").unlink()
+    weights.with_suffix(".bin").rename(weights.with_suffix(".CKPT"))
+    refuses("only pickled weights", read_base, base)
+    weights.with_suffix(".CKPT").unlink()
     refuses("holds no weights", read_base, base)
+
+
+def test_a_folder_with_an_apostrophe_does_not_break_the_hint(base):
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    odd = base.rename(base.with_name('it\'s "mine"'))
+    message = refuses("only pickled weights", read_base, odd)
+    code = message[message.index('python -c "') :].split('"')[1]
+    (source,) = [node.value for node in ast.walk(ast.parse(code)) if getattr(node, "value", None) == str(odd)]
+    assert source == str(odd)
 
 
 def test_damaged_weights_name_the_file(base):

@@ -18,7 +18,7 @@ import numpy as np
 from datencoder_jax.checkpoints.hub import resolve_vision
 from datencoder_jax.checkpoints.keys import Tensors
 from datencoder_jax.checkpoints.paths import expand_user
-from datencoder_jax.checkpoints.refusals import PICKLES, conversion_hint
+from datencoder_jax.checkpoints.refusals import conversion_command, conversion_hint, is_pickle
 from datencoder_jax.checkpoints.single_file_configs import count
 from datencoder_jax.checkpoints.weights import describing, find_weights, opened, place, read_json
 from datencoder_jax.errors import UserError
@@ -81,14 +81,12 @@ def read_dino(name: str | Path, *, dtype: str = "float32") -> tuple[Model, dict[
 
 
 def _refuse_pickles(path: Path) -> None:
-    if path.is_file() and path.suffix in PICKLES:
+    if path.is_file() and is_pickle(path):
         raise UserError(
-            f"{path} is a pickle, which can run code when read; convert it once with: python -c "
-            f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), "
-            f"'{path.with_suffix('.safetensors')}')\"."
+            f"{path} is a pickle, which can run code when read; convert it once with: {conversion_command(path)}."
         )
     inside = [file.name for file in sorted(path.iterdir())] if path.is_dir() else []
-    pickles = [file for file in inside if file.endswith(PICKLES)]
+    pickles = [file for file in inside if is_pickle(Path(file))]
     if pickles and not any(".safetensors" in file for file in inside):
         raise UserError(
             f"{path} holds only pickled weights ({pickles[0]}), which can run code when read; "

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datencoder_jax.checkpoints.lora_files import refuse_pickle
 from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.checkpoints.refusals import refuse_pickle
 from datencoder_jax.checkpoints.weights import open_tensors, read_tensor
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import AnyArray, Concept
@@ -85,9 +85,11 @@ def read_embedding(path: str | Path, widths: tuple[int, ...]) -> tuple[str | Non
         UserError: the file is missing, damaged, pickled, no embedding, or of another kind of model.
     """
     path = expand_user(path)
-    refuse_pickle(path, "{k: v.detach() for k, v in d.get('string_to_param', d).items()}")
+    refuse_pickle(path, "string_to_param")
     if path.is_dir():
         if not (path / DIFFUSERS_FILE).is_file():
+            if (pickle := (path / DIFFUSERS_FILE).with_suffix(".bin")).is_file():
+                refuse_pickle(pickle, "string_to_param")
             raise UserError(f"{path} is a folder without {DIFFUSERS_FILE}; name the embedding file itself.")
         path = path / DIFFUSERS_FILE
     with open_tensors(path) as file:

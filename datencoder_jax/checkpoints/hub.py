@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from datencoder_jax.checkpoints.paths import expand_user
-from datencoder_jax.checkpoints.refusals import PICKLES, check_index, conversion_hint
+from datencoder_jax.checkpoints.refusals import PICKLES, check_index, conversion_command, conversion_hint, is_pickle
 from datencoder_jax.errors import UserError
 
 TOYWORLD = "toyworld"
@@ -59,14 +59,16 @@ def resolve_vision(name: str | Path) -> Path:
 
 def _resolve(name: str | Path, choose: Callable[[list[str], str], list[str]]) -> Path:
     path = expand_user(name)
-    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".safetensors"):
         return path
     if path.is_file():
+        way = "diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(...) makes a folder of it"
+        if choose is choose_vision_files and is_pickle(path):
+            way = f"convert it once where you trust it: {conversion_command(path)}"
         raise UserError(
-            f"{path} is neither a folder nor a .safetensors file, and other files can run code when read; diffusers' "
-            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...) makes a folder of a checkpoint."
+            f"{path} is neither a folder nor a .safetensors file, and other files can run code when read; {way}."
         )
-    if path.suffix in (".safetensors", *PICKLES):
+    if path.suffix.lower() == ".safetensors" or is_pickle(path):
         raise UserError(f"There is no file {name}.")
     repo = str(name)
     if not _REPO.match(repo) or repo.startswith((".", "/")):

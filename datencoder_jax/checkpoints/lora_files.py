@@ -31,7 +31,7 @@ import numpy as np
 
 from datencoder_jax.checkpoints.lora_names import NETWORKS, PEFT_PREFIX, layer_finder, split
 from datencoder_jax.checkpoints.paths import expand_user
-from datencoder_jax.checkpoints.refusals import PICKLES
+from datencoder_jax.checkpoints.refusals import refuse_pickle
 from datencoder_jax.checkpoints.weights import describing, open_tensors, read_json, read_tensor
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import AnyArray, LowRank, Params
@@ -155,23 +155,16 @@ def _transposed(factor) -> np.ndarray:
     return np.asarray(factor).astype(np.float32).T
 
 
-def refuse_pickle(path: Path, hint: str) -> None:
-    """Raises `UserError` for a file whose ending says that it is pickled; `hint` is the code that converts it."""
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"{path} is pickled, and reading that can run code; convert it once where you trust it: "
-            f"python -c \"import torch, safetensors.torch as s; d = torch.load('{path.name}', weights_only=True); "
-            f"s.save_file({hint}, '{path.stem}.safetensors')\"."
-        )
-
-
 def _weights_file(path: Path) -> Path:
-    refuse_pickle(path, "d")
+    refuse_pickle(path, "state_dict")
     if not path.is_dir():
         return path
     for name in (DIFFUSERS_FILE, _PEFT_FILE):
         if (path / name).is_file():
             return path / name
+    for name in (DIFFUSERS_FILE, _PEFT_FILE):
+        if (pickle := (path / name).with_suffix(".bin")).is_file():
+            refuse_pickle(pickle, "state_dict")
     raise UserError(f"{path} is a folder without {DIFFUSERS_FILE} or {_PEFT_FILE}; name the LoRA file itself.")
 
 

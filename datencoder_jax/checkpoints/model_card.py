@@ -109,7 +109,7 @@ def model_card(
 
 def _on_hub(base: str) -> bool:
     """Whether `base` names a repository of the Hugging Face Hub, not a place on the machine the concept was made on."""
-    return bool(_REPOSITORY.fullmatch(base)) and not base.endswith(".safetensors") and not os.path.exists(base)
+    return bool(_REPOSITORY.fullmatch(base)) and not base.lower().endswith(".safetensors") and not os.path.exists(base)
 
 
 def base_name(base: str) -> str:

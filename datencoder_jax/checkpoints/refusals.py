@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from datencoder_jax.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 """Endings of weights that are refused: reading them can run code."""
+
+_SPECIAL = frozenset("'\"\\$`!%")
+"""What ends a string in Python, and what shells read between double quotes."""
 
 XL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 """The repository of Stable Diffusion XL."""
@@ -26,8 +30,56 @@ def conversion_hint(source: str, kind: str = "diffusers.DiffusionPipeline") -> s
     library, name = kind.split(".")
     return (
         f'convert them once with: python -c "from {library} import {name} as M; '
-        f"M.from_pretrained('{source}').save_pretrained('converted')\""
+        f"M.from_pretrained({_literal(source)}).save_pretrained('converted')\""
     )
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file's ending, in letters of either case, says that it is pickled."""
+    return path.suffix.lower() in PICKLES
+
+
+def refuse_pickle(path: Path, key: str = "") -> None:
+    """Raises `UserError`, with the command that converts it, for a file whose ending says that it is pickled.
+
+    Args:
+        path: the file; a folder is none.
+        key: what the tensors are under where not at the top, in some files.
+    """
+    if is_pickle(path) and not path.is_dir():
+        raise UserError(
+            f"{path} is pickled, and reading that can run code; convert it once where you trust it (a file that "
+            f"PyTorch refuses then holds more than tensors, and cannot be used): {conversion_command(path, key)}."
+        )
+
+
+def conversion_command(path: Path, key: str = "") -> str:
+    """The command, in one line for every shell, that writes a pickled file's tensors beside it as safetensors.
+
+    Args:
+        key: as for `refuse_pickle`.
+    """
+    inner = f" d = d.get('{key}', d);" if key else ""
+    # Files of the code that textual inversion was published with hold a ParameterDict.
+    return (
+        'python -c "import torch, safetensors.torch as s; '
+        "torch.serialization.add_safe_globals([torch.nn.ParameterDict]); "
+        f"d = torch.load({_literal(path.as_posix())}, map_location='cpu', weights_only=True);{inner} "
+        "s.save_file({k: v.detach().contiguous().clone() for k, v in getattr(d, '_parameters', d).items() "
+        f'if torch.is_tensor(v)}}, {_literal(path.with_suffix(".safetensors").as_posix())})"'
+    )
+
+
+def _literal(text: str) -> str:
+    """The text as a string of Python that may stand between double quotes in every shell."""
+
+    def escaped(character: str) -> str:
+        if character.isprintable() and character not in _SPECIAL:
+            return character
+        code = ord(character)
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+    return f"'{''.join(map(escaped, text))}'"
 
 
 def check_index(index: Mapping[str, Any], origin: str) -> None:

@@ -15,6 +15,7 @@ from datencoder_jax.checkpoints.identity import Traits
 from datencoder_jax.checkpoints.keys import Tensors, public
 from datencoder_jax.checkpoints.openclip import text_tower, vision_tower
 from datencoder_jax.checkpoints.paths import expand_user
+from datencoder_jax.checkpoints.refusals import conversion_hint
 from datencoder_jax.checkpoints.single_file_configs import text_config
 from datencoder_jax.checkpoints.weights import describing, find_weights, opened, place, read_json
 from datencoder_jax.errors import UserError
@@ -139,7 +140,9 @@ def _files(path: Path) -> tuple[list[Path], Path]:
     if path.is_file():
         return [path], path.parent
     only_open = (path / OPEN_CLIP[1]).is_file() and not (path / "config.json").is_file()
-    return ([path / OPEN_CLIP[1]] if only_open else find_weights(path)), path
+    if only_open:
+        return [path / OPEN_CLIP[1]], path
+    return find_weights(path, hint=conversion_hint(str(path), "transformers.AutoModel")), path
 
 
 def _part(tensors: Tensors, skipped: tuple[str, ...], prefix: str) -> Tensors:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from datencoder_jax.checkpoints.identity import Traits, trait
 from datencoder_jax.checkpoints.keys import Tensors, public
 from datencoder_jax.checkpoints.layouts import cast, converted
-from datencoder_jax.checkpoints.refusals import PICKLES, conversion_hint
+from datencoder_jax.checkpoints.refusals import conversion_hint, is_pickle
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import Params
 
@@ -148,6 +148,11 @@ def _damage(path: Path, error: Exception) -> str:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`."
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return (
+            f"{path} is a pickled file under another ending, and reading that can run code; rename it to end in .pt, "
+            "and the next try says how to convert it."
+        )
     # What is in the Hugging Face cache is a link, and is downloaded again only when what it points to is gone.
     again = f"delete {path.resolve()} and fetch it again" if path.is_symlink() else "fetch or write it again"
     if not start:
@@ -156,8 +161,11 @@ def _damage(path: Path, error: Exception) -> str:
     return f"{path} is damaged, cut short or not a safetensors file ({detail}); {again}."
 
 
-def find_weights(folder: Path) -> list[Path]:
+def find_weights(folder: Path, *, hint: str | None = None) -> list[Path]:
     """The files of the weights of the component in `folder`, checked to exist.
+
+    Args:
+        hint: how to convert pickled weights; by default as a part of the pipeline in the folder above.
 
     Raises:
         UserError: there are none, only pickles, or a shard is missing.
@@ -173,11 +181,11 @@ def find_weights(folder: Path) -> list[Path]:
                     return _shards(folder / index)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if is_pickle(path))
     if pickles:
         raise UserError(
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read; "
-            f"{conversion_hint(str(folder.parent))}."
+            f"{hint or conversion_hint(str(folder.parent))}."
         )
     raise UserError(f"{folder} holds no weights: expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors.")
 
