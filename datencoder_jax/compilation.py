@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ def cache_folder() -> Path | None:
 @functools.cache
 def enable_cache() -> None:
     """Turns on JAX's persistent compilation cache, unless the user has set one up or the folder cannot be written."""
+    with suppress(ImportError, AttributeError):  # no public part of JAX, which works without
+        _replace_damaged_entries()
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     if (cache := cache_folder()) is None:
@@ -45,6 +47,38 @@ def enable_cache() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@functools.cache
+def _replace_damaged_entries() -> None:
+    """Has JAX remove an entry of its cache that cannot be read, such as one that a full disk has cut short.
+
+    JAX itself warns, compiles, and leaves the entry as it is, since it writes none over another: it would do so in
+    every run. Without the entry the program is one that is not cached yet.
+    """
+    from jax._src import compilation_cache, compiler
+
+    read = compilation_cache.get_executable_and_time
+
+    def read_or_remove(cache_key: str, *args: Any, **kwargs: Any) -> tuple[Any, int | None]:
+        try:
+            return read(cache_key, *args, **kwargs)
+        except Exception as error:
+            if compiler._should_raise_persistent_cache_error(error) or not _remove_entry(cache_key):
+                raise
+            return None, None
+
+    compilation_cache.get_executable_and_time = read_or_remove
+
+
+def _remove_entry(cache_key: str) -> bool:
+    """Whether the entry was there, in a folder of this machine, and is gone."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        Path(folder, f"{cache_key}-cache").unlink()
+    except (OSError, TypeError):
+        return False
+    return True
 
 
 @contextmanager

@@ -144,3 +144,30 @@ def test_without_a_place_for_it_there_is_no_cache(monkeypatch, tmp_path, no_cach
 def test_without_a_home_there_is_no_cache(homeless, no_cache_yet):
     enable_cache()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_an_entry_that_was_cut_short_is_replaced_once(tmp_path, no_cache_yet):
+    """Warnings are errors here: JAX's own of an entry that it cannot read would fail the test."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+
+    def compiled():
+        jax.clear_caches()
+        np.testing.assert_allclose(Program("doubling", lambda x: 2 * x + 3)(jnp.ones(7), quiet=True), 5.0)
+        return {path.name: path.read_bytes() for path in tmp_path.glob("*lambda*-cache")}
+
+    try:
+        whole = compiled()
+        assert len(whole) == 1 and compiled() == whole
+        (path,) = tmp_path.glob("*lambda*-cache")
+        for size in (2000, 1, 0):
+            path.write_bytes(path.read_bytes()[:size])
+            sizes = {name: len(content) for name, content in compiled().items()}
+            assert sizes == pytest.approx({name: len(content) for name, content in whole.items()}, rel=0.1)
+            again = compiled()
+            assert compiled() == again
+    finally:
+        compilation_cache.reset_cache()
