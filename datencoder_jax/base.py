@@ -187,12 +187,22 @@ class Base:
         return self.vision
 
     def vision_input(self, images: jax.Array) -> jax.Array:
-        """Pictures `[batch, H, W, 3]` in [-1, 1] -> the vision tower's normalized input at its own resolution."""
+        """Pictures `[batch, H, W, 3]` in [-1, 1] -> the vision tower's normalized input at its own resolution.
+
+        They are resized as `data.reading.resample` does it, which pretraining and CLIP's own preparation take: Pillow's
+        bicubic filter in 8 bits, along rows and then along columns.
+        """
         side = self.eyes.config.image_size
-        if images.shape[1:3] != (side, side):
-            images = jax.image.resize(images, (len(images), side, side, 3), "cubic", antialias=True)
+        for shape in ((*images.shape[:2], side, 3), (len(images), side, side, 3)):
+            if images.shape != shape:
+                images = _in_8_bits(jax.image.resize(images, shape, "cubic", antialias=True))
         scale, shift = (x.reshape(1, 1, 1, 3) for x in (self.pixel_std, self.pixel_mean))
         return (0.5 * images + 0.5 - shift) / scale
+
+
+def _in_8_bits(images: jax.Array) -> jax.Array:
+    """Values in [-1, 1] as they are once they have been pixels of 8 bits."""
+    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0.0, 255.0)) / 127.5 - 1.0
 
 
 def concept_state(prompt: Condition) -> jax.Array:

@@ -1,5 +1,6 @@
 """Pictures from files: every kind is read right, every bad one is refused in a sentence."""
 
+import io
 import struct
 import warnings
 import zlib
@@ -10,7 +11,7 @@ import pytest
 from checkpoint_helpers import refuses
 from PIL import Image, ImageCms
 
-from datencoder_jax.data.reading import DamagedPicture, _to_srgb, decode, fit_square, read_image
+from datencoder_jax.data.reading import DamagedPicture, _to_srgb, decode, fit_square, read_image, resample
 from datencoder_jax.data.sheets import labelled_sheet
 from datencoder_jax.toyworld.render import render
 from datencoder_jax.toyworld.world import Context, Instance
@@ -221,6 +222,24 @@ def test_text_bombs_are_refused(tmp_path):
 def test_enlarged_pixels_come_back_exactly(scale):
     picture = render(Instance.from_id(1_100_000), Context("beach"), 3)
     np.testing.assert_array_equal(fit_square(picture.repeat(scale, 0).repeat(scale, 1), 32), picture)
+
+
+@pytest.mark.parametrize("scale", [2, 8])
+def test_enlarged_pixels_come_back_nearly_after_compression(scale):
+    picture = render(Instance.from_id(1_100_000), Context("beach"), 3)
+    file = io.BytesIO()
+    Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1)).save(file, "JPEG", quality=95)
+    back = fit_square(np.asarray(decode(file.getvalue(), "a.jpg")), 32).astype(int)
+    averages = np.asarray(decode(file.getvalue(), "a.jpg").reduce(scale)).astype(int)
+    np.testing.assert_array_equal(back, averages)
+
+
+@pytest.mark.parametrize("side", [150, 200, 300, 700])  # a quarter, a third, one half, and larger
+def test_photographs_are_resized_by_one_filter(side):
+    picture = photo(600, 600)
+    np.testing.assert_array_equal(fit_square(picture, side), np.asarray(resample(Image.fromarray(picture), side)))
+    plain = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+    assert abs(fit_square(picture, side).astype(int) - plain).max() <= 4
 
 
 def test_the_centre_square_is_kept():

@@ -86,8 +86,7 @@ def measure_stages(feed: Feed, count: int, sizes: tuple[int, int], repeats: int)
 
     def views(item: Item, crop: Crop, picture: Image.Image) -> None:
         place = square(item, picture, crop, 0)
-        for size in sizes:
-            show(picture, place, size, crop.mirrored)
+        show(picture, place, sizes, crop.mirrored)
 
     stages = {
         "shuffling": lambda: [feed.planned(number) for number in range(len(items))],

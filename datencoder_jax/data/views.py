@@ -6,7 +6,9 @@ Of what is to be shown of a picture (all of it, or its item's box), h pixels hig
     top   = y (h - side),           y uniform in [0, 1]
     left  = x (w - side),           x uniform in [0, 1]
 
-mirrored or not, at the view's own size. Sides are real numbers: pixels at the edges count in part.
+mirrored or not, at the size that the VAE sees. Sides are real numbers: pixels at the edges count in part. The vision
+tower's view is made from the VAE's view, as it is in personalization (`base.vision_input`), and both by one filter,
+`reading.resample`.
 """
 
 from __future__ import annotations
@@ -18,10 +20,7 @@ import numpy as np
 from PIL import Image
 
 from datencoder_jax.data.items import DamagedItem, Item
-from datencoder_jax.data.reading import MIN_SIDE, DamagedPicture, decode
-
-_GAP = 2.0
-"""Pillow may average blocks of pixels first as long as this many times the pixels needed are left."""
+from datencoder_jax.data.reading import MIN_SIDE, DamagedPicture, decode, resample
 
 
 class Crop(NamedTuple):
@@ -84,10 +83,13 @@ def square(item: Item, picture: Image.Image, crop: Crop, min_side: int) -> tuple
     return x, y, min(x + side, picture.width), min(y + side, picture.height)
 
 
-def show(picture: Image.Image, place: tuple[float, float, float, float], size: int, mirrored: bool) -> np.ndarray:
-    """A part of a picture, uint8 `[size, size, 3]`; antialiased and bicubic, as CLIP's own preparation is."""
-    view = picture.resize((size, size), Image.Resampling.BICUBIC, box=place, reducing_gap=_GAP)
-    return np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view)
+def show(
+    picture: Image.Image, place: tuple[float, float, float, float], sizes: tuple[int, ...], mirrored: bool
+) -> list[np.ndarray]:
+    """A part of a picture at the first size, and that view at the others: uint8 `[size, size, 3]` of each."""
+    first = resample(picture, sizes[0], place)
+    first = first.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else first
+    return [np.asarray(first), *(np.asarray(resample(first, size, gap=None)) for size in sizes[1:])]
 
 
 def make_views(item: Item, crop: Crop, sizes: tuple[int, ...], min_side: int) -> list[np.ndarray]:
@@ -107,7 +109,7 @@ def make_views(item: Item, crop: Crop, sizes: tuple[int, ...], min_side: int) ->
     """
     picture = decode_item(item, least_side(crop, sizes, min_side))
     place = square(item, picture, crop, min_side)
-    return [show(picture, place, size, crop.mirrored) for size in sizes]
+    return show(picture, place, sizes, crop.mirrored)
 
 
 def _box(item: Item) -> tuple[float, float, float, float]:
