@@ -186,10 +186,12 @@ def _escaped(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` in the type of code."""
-    if re.search(r"[`<>&]", text):
-        return f"<code>{_escaped(text)}</code>"
-    return f"`{escape_hidden(text)}`"
+    """`text` as code, in which Markdown shows everything as it is: a run of more backticks than it has around it."""
+    runs = re.findall("`+", text)
+    if not runs:
+        return f"`{escape_hidden(text)}`"
+    fence = "`" * (1 + max(map(len, runs)))
+    return f"{fence} {escape_hidden(text)} {fence}"
 
 
 def _table(scores: Mapping[str, Mapping[str, float]]) -> str:
