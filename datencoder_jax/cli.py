@@ -49,12 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return _INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        if _has_no_device():
+            from datencoder_jax.runtime.availability import explain_no_device
+
+            return _fail(explain_no_device(error))
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(
             "The memory does not suffice; try --memory 8, a lower --resolution, a smaller --num or another device."
         )
+
+
+def _has_no_device() -> bool:
+    """Whether JAX, where it is in use, finds no device to compute on."""
+    if (jax := sys.modules.get("jax")) is None:
+        return False
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        return True
+    return False
 
 
 def run_and_exit() -> NoReturn:

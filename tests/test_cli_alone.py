@@ -60,7 +60,7 @@ def test_info(capsys, concept_file):
     assert main(["info", concept_file]) == 0
     out = capsys.readouterr().out
     base = "toyworld (fingerprint ffffffff)"
-    for expected in ("S*", "gömböc", base, "2 of 12", "1 projections of rank 2", "a b.png"):
+    for expected in ("S*", "gömböc", base, "2 of 12", "1 projection of rank 2", "a b.png"):
         assert expected in out
     product = concept().offsets[PATH].down @ concept().offsets[PATH].up
     assert f"{np.linalg.norm(product):.3g} on average" in out
@@ -69,8 +69,8 @@ def test_info(capsys, concept_file):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (Dense(np.full((8, 6), 0.5, np.float32)), ["1 projections, whole", "3.46 on average"]),
-        (Removed(np.eye(6, 2, dtype=np.float32)), ["1 projections, directions removed"]),
+        (Dense(np.full((8, 6), 0.5, np.float32)), ["1 projection, whole", "3.46 on average"]),
+        (Removed(np.eye(6, 2, dtype=np.float32)), ["1 projection, directions removed"]),
     ],
 )
 def test_info_says_what_kind_of_change_a_concept_is(tmp_path, capsys, edit, said):
@@ -229,3 +229,16 @@ def test_an_interruption_in_a_callback(tmp_path):
 def test_an_ignored_interruption_stays_ignored():
     before = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
     assert interrupt("datencoder_jax.cli", "--version", before=before).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command", ["info", "info FILE", "export FILE --out out", "precompute --out out --config RECIPE"]
+)
+def test_a_device_that_is_not_there_is_told(tmp_path, concept_file, command):
+    recipe = str(Path(__file__).parent.parent / "configs" / "sd15_laion.py")
+    words = (
+        command.replace("out out", f"out {tmp_path / 'out'}").replace("FILE", concept_file).replace("RECIPE", recipe)
+    )
+    result = run_command(*words.split(), JAX_PLATFORMS="nonesuch")
+    assert result.returncode == 2 and result.stderr.startswith(b"error: No device can be used: ")
+    assert result.stderr.count(b"\n") == 1 and not (tmp_path / "out").exists()

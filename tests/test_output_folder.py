@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +17,14 @@ from cli_helpers import fails
 from PIL import Image
 
 from datencoder_jax import api
+from datencoder_jax.benchmark import run
 from datencoder_jax.checkpoints.atomic import atomic_write
 from datencoder_jax.checkpoints.concept_file import load_concept, save_concept
 from datencoder_jax.checkpoints.encoder_folder import check_encoder_place
 from datencoder_jax.cli import main
 from datencoder_jax.commands.output_folder import LOCK_FILE, lock_folder
 from datencoder_jax.errors import UserError
+from datencoder_jax.training import encoder_stage
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -138,6 +142,39 @@ def test_evaluate_leaves_the_files_of_others(tmp_path, capsys):
     argv = ["evaluate", "--suite", "toyworld", "--methods", "base", "--out", tmp_path]
     fails(capsys, "somebody else that `datencoder evaluate` would replace: report.md", *argv)
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize(("num", "told"), [(1, "wrote 1 picture, "), (2, "wrote 2 pictures, ")])
+def test_pictures_are_counted_in_words_that_fit(tmp_path, capsys, calls, num, told):
+    assert main(["generate", "--prompt", "a", "--num", str(num), "--out", str(tmp_path)]) == 0
+    assert told in capsys.readouterr().out
+
+
+def test_the_bar_of_an_evaluation_has_no_stray_comma(tmp_path, capsys, monkeypatch):
+    row = Namespace(name="base", entry=None)
+    units = [
+        Namespace(row=row, seed=0, name=name, file=tmp_path / name, error_file=tmp_path / f"{name}.txt")
+        for name in ("a", "b")
+    ]
+    monkeypatch.setattr(run, "_passes", lambda *_: 1)
+    monkeypatch.setattr(run, "_each", lambda setup, units, jobs: ((unit, None) for unit in units))
+    run.execute(None, units)
+    bar = capsys.readouterr().err
+    assert re.search(r"\| \[00:\d\d<[^ ]+, 0/2 units", bar) and "| ," not in bar
+
+
+@pytest.mark.parametrize("output", ["", "elsewhere"])
+def test_pretraining_says_where_its_encoder_went(tmp_path, capsys, monkeypatch, output):
+    written = []
+    monkeypatch.setattr(encoder_stage, "fit", lambda *_, **__: {})
+    monkeypatch.setattr(encoder_stage, "describe_encoder", lambda *_: {})
+    monkeypatch.setattr(encoder_stage, "Model", lambda *_: None)
+    monkeypatch.setattr(encoder_stage, "write_encoder", lambda place, *_: written.append(str(place)))
+    config = Namespace(initial="", output=output and str(tmp_path / output))
+    pipeline = Namespace(fingerprint="a", vision_fingerprint="b")
+    encoder_stage._fit(Namespace(config=None), None, config, tmp_path, pipeline)
+    assert written == [str(tmp_path / (output or "encoder"))]
+    assert capsys.readouterr().out == f"wrote the encoder to {written[0]}\n"
 
 
 # --- folders that are replaced as a whole

@@ -54,7 +54,7 @@ def execute(
     open_parts = Counter((unit.row.name, unit.seed) for unit in left)
     cost = {unit.row.name: _passes(setup, unit.row) for unit in units}
     total, to_do = (sum(cost[unit.row.name] for unit in some) for some in (units, left))
-    form = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+    form = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"  # tqdm begins a postfix with a comma
     count, failing = len(units) - len(left), set()
     with (
         tqdm(desc=title, total=total, initial=total - to_do, bar_format=form, smoothing=0.02) as bar,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
-from datencoder_jax.commands.shared import PACKAGES, device_name, read_concept, say
+from datencoder_jax.commands.shared import PACKAGES, count_things, device_name, read_concept, say
 from datencoder_jax.typing import Dense, LowRank
 
 
@@ -68,11 +68,11 @@ def _describe(file: str) -> list[tuple[str, str]]:
         ),
         (
             "weight offsets",
-            f"{len(kinds)} projections" + "".join(f", {_KINDS[k]}" for k in sorted(set(kinds.values()))),
+            count_things(len(kinds), "projection") + "".join(f", {_KINDS[k]}" for k in sorted(set(kinds.values()))),
         ),
     ]
     if ranks:
-        rows[-1] = ("weight offsets", f"{len(norms)} projections of rank {', '.join(map(str, ranks))}")
+        rows[-1] = ("weight offsets", f"{count_things(len(norms), 'projection')} of rank {', '.join(map(str, ranks))}")
     if norms:
         largest = max(norms, key=lambda path: norms[path])
         rows += [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datencoder_jax.commands.output_folder import lock_folder
-from datencoder_jax.commands.shared import say
+from datencoder_jax.commands.shared import count_things, say
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
 from datencoder_jax.training import distributed
@@ -47,4 +47,5 @@ def _precompute(args: Namespace, config: Any, out: Path) -> None:
         if left_out:
             say(f"pictures left out: {sum(left_out.values())}{listed(left_out)}")
         if first:
-            say(f'records of {len(source)} pictures; in a recipe: {{"kind": "records", "path": "{folder}"}}')
+            count = count_things(len(source), "picture")
+            say(f'records of {count}; in a recipe: {{"kind": "records", "path": "{folder}"}}')

@@ -224,8 +224,13 @@ def write_run(
     for name in earlier - pictures.keys() - inputs.keys():
         with suppress(OSError):  # the run has succeeded, and its report does not list the file
             (out / name).unlink(missing_ok=True)
-    say(f"wrote {len(pictures)} pictures, samples.png and report.json to {out}")
+    say(f"wrote {count_things(len(pictures), 'picture')}, samples.png and report.json to {out}")
     return sheet
+
+
+def count_things(count: int, noun: str) -> str:
+    """Such as "1 picture" or "2 pictures"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def say(line: str) -> None:

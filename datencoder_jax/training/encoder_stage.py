@@ -249,7 +249,9 @@ def _fit(task, kind: type, config, workdir: Path, pipeline: Pipeline, **options)
     description = json.dumps(describe_encoder(task.config, *fingerprints), indent=1) + "\n"
     params = fit(task, config, workdir, initial=initial, notes={DESCRIPTION: description}, **options)
     if jax.process_index() == 0:
-        write_encoder(config.output or workdir / "encoder", Model(kind, task.config, params), *fingerprints)
+        place = config.output or workdir / "encoder"
+        write_encoder(place, Model(kind, task.config, params), *fingerprints)
+        print(f"wrote the encoder to {place}", flush=True)
 
 
 def _grown(task, config, fingerprint: str, vision: str) -> Params:

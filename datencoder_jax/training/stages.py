@@ -66,6 +66,7 @@ def train_vae(config, workdir: Path, **options) -> None:
     deviation = float(latents.astype(np.float32).std())
     scaled = replace(model, config=replace(task.config, scaling_factor=round(1.0 / deviation, 5)))
     write_component(Path(config.base) / "vae", scaled, dtype="float32")
+    print(f"wrote the autoencoder to {Path(config.base) / 'vae'}", flush=True)
 
 
 def train_clip(config, workdir: Path, **options) -> None:
@@ -91,6 +92,7 @@ def train_clip(config, workdir: Path, **options) -> None:
     text_params = forget_unseen(text_params, source.labels["ids"])
     write_component(base / "text_encoder", Model(CLIPTextModel, text, text_params), dtype="float32")
     write_component(base / "image_encoder", Model(CLIPVisionModel, vision, vision_params), dtype="float32")
+    print(f"wrote the towers of CLIP to {base / 'text_encoder'} and {base / 'image_encoder'}", flush=True)
 
 
 def feature_extractor(side: int) -> dict:
@@ -167,6 +169,7 @@ def train_unet(config, workdir: Path, **options) -> None:
         defaults=DEFAULTS,
     )
     write_base(Path(config.output), full, dtype="float16")
+    print(f"wrote the base model to {config.output}", flush=True)
 
 
 def train_judge(config, workdir: Path, **options) -> None:
@@ -191,6 +194,7 @@ def train_judge(config, workdir: Path, **options) -> None:
     scores = {"accuracy": accuracies(judge, held_out), "separation": separation(judge, held_out)}
     (workdir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     save_judge(config.output, judge, extra=scores)
+    print(f"wrote the judge to {config.output}", flush=True)
 
 
 _STAGES = {
