@@ -1,10 +1,12 @@
 """Recipes: what is read from a file, what may be changed in it, and what is said of mistakes."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from datencoder_jax.cli import build_parser
 from datencoder_jax.errors import UserError
 from datencoder_jax.training.recipes import VARIANTS, load_recipe
 
@@ -170,3 +172,32 @@ def test_every_recipe_has_both_variants(path):
         assert not full.get(place) or full[place] != smoke[place]
     with pytest.raises(UserError, match="has no value"):
         load_recipe(path, "smoke", ["no_such_key=1"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.0.path={}", "data.path={}", 'data=[{{"kind": "folder", "path": "{}"}}]', "data={}"],
+)
+@pytest.mark.parametrize("name", ["toyworld_encoder", "toyworld_e4t"])
+def test_pictures_for_a_recipe_that_draws_its_own(name, change):
+    """The command that is told is one, and takes the folder."""
+    folder = "my pictures/of cats"
+    with pytest.raises(UserError, match="draws its own pictures of the embedded world") as error:
+        load_recipe(CONFIGS / f"{name}.py", "full", [change.format(folder)])
+    command = str(error.value).split("run: ")[1].split(" (--variant smoke")[0]
+    args = build_parser().parse_args(shlex.split(command)[1:])
+    config = load_recipe(args.config, args.variant, args.set)
+    assert [dict(section) for section in config.data] == [{"kind": "folder", "path": folder}]
+    assert config.model == "toyworld" and config.stage == {"toyworld_encoder": "encoder"}.get(name, "e4t")
+
+
+@pytest.mark.parametrize("text", ["data.kind=folder", "data.0.kind=folder"])
+def test_the_kind_of_a_source_is_asked_for_too(text):
+    with pytest.raises(UserError, match=r"sd15_laion\.py.*PICTURES"):
+        load_recipe(CONFIGS / "toyworld_encoder.py", "full", [text])
+
+
+def test_other_mistakes_are_told_as_before():
+    with pytest.raises(UserError, match=r"did you mean data\.concepts"):
+        load_recipe(CONFIGS / "toyworld_encoder.py", "full", ["data.concept=5"])
+    assert load_recipe(CONFIGS / "toyworld_encoder.py", "full", ["data.concepts=5"]).data.concepts == 5

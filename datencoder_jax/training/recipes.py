@@ -9,8 +9,10 @@ import difflib
 import json
 import math
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,8 @@ def _override(config: ConfigDict, text: str, path: Path) -> None:
         raise UserError(f"The setting {text!r} is not KEY=VALUE, such as steps=100.")
     names = key.split(".")
     before = _look_up(config, names)
+    if _asks_for_pictures(config, names):
+        raise UserError(_explain_pictures(config, key, value, path))
     if before is _MISSING:
         raise UserError(f"The recipe {path} has no value {key!r}; {_suggest(key, config)}.")
     try:
@@ -97,6 +101,36 @@ def _override(config: ConfigDict, text: str, path: Path) -> None:
     except ValueError as error:
         raise UserError(f"The setting {text!r} does not fit: {error}.") from error
     _set(config, names, after)
+
+
+_TAKES_PICTURES = {"encoder": "sd15_laion.py", "e4t": "e4t_faces.py"}
+"""By stage, the recipe to name to somebody who has pictures for one that draws its own."""
+
+
+def _asks_for_pictures(config: ConfigDict, names: Sequence[str]) -> bool:
+    """Whether a change names a source of pictures for a recipe whose `data` says how its own are drawn."""
+    if names[0] != "data" or not _is_section(config.get("data")) or config.get("stage") not in _TAKES_PICTURES:
+        return False
+    return len(names) == 1 or names[1].isdecimal() or names[-1] in ("path", "kind")
+
+
+def _explain_pictures(config: ConfigDict, key: str, value: str, path: Path) -> str:
+    """Which recipe takes a folder of pictures, with the command."""
+    folder = value
+    with suppress(ValueError, TypeError, KeyError, IndexError):
+        folder = str(json.loads(value)[0]["path"])
+    if key.endswith("kind"):
+        folder = "PICTURES"
+    recipe = path.parent / _TAKES_PICTURES[config.stage]
+    recipe = recipe if recipe.is_file() else Path("configs") / recipe.name
+    source = "data=" + json.dumps([{"kind": "folder", "path": folder}], ensure_ascii=False)
+    command = ["datencoder", "pretrain", "--config", str(recipe), "--variant", "smoke", "--workdir", "DIR"]
+    command += ["--set", source]
+    return (
+        f"The recipe {path} draws its own pictures of the embedded world and takes none from {key}. For a folder of "
+        f"pictures, run: {shlex.join(command)} (--variant smoke is for the embedded model; leave it out for Stable "
+        "Diffusion 1.5)."
+    )
 
 
 # --- a place in the configuration: names of keys and numbers of items
