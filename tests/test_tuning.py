@@ -128,7 +128,12 @@ def test_a_step_is_adams_with_the_momentum_asked_for(pipeline, predicted, moment
 def test_few_steps_have_less_momentum(pipeline, monkeypatch):
     assert [tuning.momentum_for(steps) for steps in (0, 1, 5, 10, 50, 300)] == [0.0, 0.0, 0.0, 0.5, 0.9, 0.9]
     assert api.tuning_config(pipeline, METHODS["perfusion"], 20, 10) == TuningConfig(
-        draws=pipeline.memory.draws, views=40, norm_weight=0.0, momentum=0.5, remat=pipeline.memory.remat
+        draws=pipeline.memory.draws,
+        views=40,
+        norm_weight=0.0,
+        momentum=0.5,
+        remat=pipeline.memory.remat,
+        scan_layers=pipeline.memory.scan_layers,
     )
     used = []
 
