@@ -8,7 +8,7 @@ import pytest
 from checkpoint_helpers import PATH, concept
 from PIL import Image
 
-from datencoder_jax import api, compile_ahead, pipeline
+from datencoder_jax import api, compile_ahead, loading, pipeline
 from datencoder_jax.checkpoints.concept_file import save_concept
 
 
@@ -51,7 +51,8 @@ def calls(monkeypatch):
     monkeypatch.setattr(compile_ahead, "compiling_ahead", compiling_ahead)
     for function in (load, personalize, generate):
         monkeypatch.setattr(api, function.__name__, function)
-    monkeypatch.setattr(pipeline, "attention_shapes", lambda unet: {PATH: (8, 6)})
+    for module in (pipeline, loading):
+        monkeypatch.setattr(module, "attention_shapes", lambda unet: {PATH: (8, 6)})
     return made
 
 

@@ -161,6 +161,8 @@ INTERRUPT = """
 import os, runpy, signal, sys
 
 target = sys.argv.pop(1)
+# Tests that run in the background of a shell ignore Ctrl-C, and child processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Finder:
     def find_spec(self, name, *_):
