@@ -145,7 +145,8 @@ Tuning runs the transformer blocks of XL that follow one another, up to ten, as 
 weights. In the same hour a first run took 372 s to compile with every block written out, 215 with tuning as a scan, and
 196 with every program as one. On an H100 tuning takes 4.2 GB more for the copy (18.7 GB in place of 14.5), moves 4.5 %
 more and has 26 % more kernels, which cut a block's weights out of the stack. Drawing would move 7.5 % more, for every
-picture drawn, so its blocks stay written out. Where memory is short tuning does too (`--memory 8`, `16` and `24`).
+picture drawn, so its blocks stay written out. Where memory is short tuning does too (`--memory 8`, `16` and `24`). The
+plan of XL below is from before: its row of tuning is without the scan.
 """
 _DESCRIPTION = ["program", "memory, GB", "arguments", "work", "fused attention", "TFLOP", "moved, GB", "least"]
 _DESCRIPTION += ["kernels", "ms at least", "bound by", "compile, s"]

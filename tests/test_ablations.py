@@ -12,6 +12,7 @@ import datencoder_jax
 from datencoder_jax.benchmark import ablations, held_out
 from datencoder_jax.benchmark.entries import parse_entries
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig
+from datencoder_jax.evaluation.scores import MIN_SUBJECTS
 from datencoder_jax.training.recipes import load_recipe
 from datencoder_jax.training.tuning_encoder import Weights
 
@@ -49,7 +50,7 @@ def test_encoders_are_pretrained_once_and_the_command_measures_them(tmp_path, ca
             shutil.copytree(SHIPPED, tmp_path / workdir.name / "encoder")
 
     monkeypatch.setattr(ablations, "run_stage", stage)
-    monkeypatch.setattr(held_out, "BATCHES", 3)
+    monkeypatch.setattr(held_out, "BATCHES", MIN_SUBJECTS)
     monkeypatch.setattr(held_out, "_BATCH", 4)
     arguments = ["--variant", "smoke", "--steps", "1", "--only", "as_it_is", "no_hypernetwork", "--out", str(tmp_path)]
     ablations.main(arguments)
@@ -59,7 +60,7 @@ def test_encoders_are_pretrained_once_and_the_command_measures_them(tmp_path, ca
     first = capsys.readouterr().out.splitlines()
     files = [tmp_path / name / "losses.json" for name in ran]
     good, bad = (json.loads(file.read_text()) for file in files)
-    assert all(len(good[group]) == 3 and np.isfinite(good[group]).all() for group in held_out.GROUPS)
+    assert all(len(good[group]) == MIN_SUBJECTS and np.isfinite(good[group]).all() for group in held_out.GROUPS)
     # What one batch differs from another by is the noise's, which both see: it is far more than they differ by.
     difference = np.subtract(bad["in domain"], good["in domain"])
     assert difference.mean() > 0 and difference.std() < np.std(good["in domain"])
