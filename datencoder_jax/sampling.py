@@ -27,7 +27,7 @@ from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
 from datencoder_jax.diffusion.guidance import guided
 from datencoder_jax.diffusion.samplers import Plan, sample
-from datencoder_jax.models.vae import map_in_batches, pictures_at_once
+from datencoder_jax.models.batches import map_in_batches, pictures_at_once
 from datencoder_jax.typing import Condition, Variables
 
 

@@ -40,7 +40,7 @@ from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, stratif
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods.focus import differences, weights
 from datencoder_jax.models.attention import Maps
-from datencoder_jax.models.vae import map_in_batches, pictures_at_once
+from datencoder_jax.models.batches import map_in_batches, pictures_at_once
 from datencoder_jax.objectives.calibration import calibration_loss
 from datencoder_jax.objectives.contrastive import nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss

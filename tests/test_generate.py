@@ -17,7 +17,7 @@ from datencoder_jax.diffusion.guidance import guidance_scale
 from datencoder_jax.diffusion.samplers import make_plan, sample
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import datencoder
-from datencoder_jax.models import vae
+from datencoder_jax.models import batches
 from datencoder_jax.prior import PriorOptions, draw_prior
 from datencoder_jax.typing import Concept, LowRank, Variables
 
@@ -253,11 +253,11 @@ def test_the_guidance_is_the_models_unless_asked_otherwise(pipeline):
 
 def test_decoding_in_chunks_is_decoding_at_once(pipeline, monkeypatch):
     latents = jax.random.normal(jax.random.key(0), (5, SIDE // 2, SIDE // 2, 4))
-    monkeypatch.setattr(vae, "_PIXELS", 2 * SIDE * SIDE)  # two at a time, one left over
+    monkeypatch.setattr(batches, "_PIXELS", 2 * SIDE * SIDE)  # two at a time, one left over
     chunked = jax.jit(lambda base, z: sampling.decode(base, z))(pipeline.base, latents)
     whole = jax.jit(lambda base, z: base.vae.bind().to_images(z))(pipeline.base, latents)
     close(np.asarray(chunked), np.asarray(jnp.round((whole + 1.0) * 127.5)).astype(np.uint8))
-    monkeypatch.setattr(vae, "_PIXELS", 1)  # a picture larger than the limit goes alone
+    monkeypatch.setattr(batches, "_PIXELS", 1)  # a picture larger than the limit goes alone
     assert jax.eval_shape(lambda base, z: sampling.decode(base, z), pipeline.base, latents).shape[0] == 5
 
 

@@ -10,7 +10,7 @@ from absent_gpu import allow_cudnn, with_fused_attention
 from tiny import SIDE, in_half_precision
 
 from datencoder_jax.encoder.reading import read_again
-from datencoder_jax.models.vae import map_in_batches
+from datencoder_jax.models.batches import map_in_batches
 from datencoder_jax.runtime.target import Target, lowering_for
 from datencoder_jax.training.e4t import E4TFrozen, E4TTask
 from datencoder_jax.training.tuning_encoder import Frozen, TuningEncoderTask

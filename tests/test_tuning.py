@@ -17,7 +17,7 @@ from datencoder_jax.bookkeeping import PERSONALIZE
 from datencoder_jax.diffusion.schedule import alphas_cumprod, stratified_timesteps
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS, datencoder
-from datencoder_jax.models import vae
+from datencoder_jax.models import batches
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import LearningRates, LowRank, Variables
 
@@ -224,7 +224,7 @@ def test_the_memory_of_a_prediction_does_not_grow_with_its_pictures(pipeline, mo
         return compiled(*inputs), compiled.memory_analysis().temp_size_in_bytes
 
     together, _ = compile_prediction(3)
-    monkeypatch.setattr(vae, "_PIXELS", SIDE * SIDE)
+    monkeypatch.setattr(batches, "_PIXELS", SIDE * SIDE)
     one_by_one, few = compile_prediction(3)
     _, many = compile_prediction(12)
     for own, expected in zip(jax.tree.leaves(one_by_one), jax.tree.leaves(together), strict=True):

@@ -28,8 +28,8 @@ from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod
 from datencoder_jax.encoder.features import Seen, extract, vision_features
 from datencoder_jax.methods.lora import zero_offsets
 from datencoder_jax.methods.method import Method, Setup
+from datencoder_jax.models.batches import map_in_batches, pictures_at_once
 from datencoder_jax.models.module import Model
-from datencoder_jax.models.vae import map_in_batches, pictures_at_once
 from datencoder_jax.typing import Condition, Features, LearningRates, LowRank, Variables
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)

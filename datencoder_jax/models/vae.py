@@ -6,9 +6,8 @@
 Module names are those of diffusers' `AutoencoderKL`; arrays are NHWC; pictures are in [-1, 1].
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,6 @@ from datencoder_jax.models.dot_product_attention import attend
 from datencoder_jax.models.layers import GroupNorm, activation, conv, conv1x1, conv3x3, linear
 from datencoder_jax.models.unet import ResnetBlock2D, Upsample2D
 from datencoder_jax.runtime.precision import exact_products
-
-_PIXELS = 512 * 512
-"""Pixels that go through the VAE at a time; at full size its inner states have 128 channels."""
 
 
 @dataclass(frozen=True)
@@ -243,31 +239,3 @@ class AutoencoderKL(nnx.Module):
         """Reconstruction through a sampled latent, and the posterior: what training needs."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(key)), posterior
-
-
-def pictures_at_once(height: int, width: int) -> int:
-    """How many pictures of that size are encoded or decoded together: many small ones, or a single one of 512 px."""
-    return max(1, _PIXELS // (height * width))
-
-
-def map_in_batches(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
-    """Calls a function of a batch on at most `size` rows at a time, and joins its results.
-
-    `jax.lax.map` with a `batch_size` vectorizes a function of a single row (`vmap`), for which fused attention has no
-    rule where its lengths are odd.
-
-    Args:
-        function: `[batch, ...]` -> a pytree of arrays `[batch, ...]`.
-        rows: an array `[n, ...]`, or a pytree of such.
-        size: rows at a time.
-    """
-    count = len(jax.tree.leaves(rows)[0])
-    size = min(size, count)
-    whole = count // size * size
-    batches = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), rows)
-    results = jax.lax.map(function, batches)
-    results = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), results)
-    if whole < count:
-        rest = function(jax.tree.map(lambda x: x[whole:], rows))
-        results = jax.tree.map(lambda *both: jnp.concatenate(both), results, rest)
-    return results

@@ -38,8 +38,9 @@ from datencoder_jax.encoder.features import Seen
 from datencoder_jax.encoder.tuning_encoder import EncoderConfig, TuningEncoder
 from datencoder_jax.methods.datencoder import levels, look, predict_each
 from datencoder_jax.methods.focus import masked
+from datencoder_jax.models.batches import map_in_batches, pictures_at_once
 from datencoder_jax.models.module import Model, init_params
-from datencoder_jax.models.vae import Posterior, map_in_batches, pictures_at_once
+from datencoder_jax.models.vae import Posterior
 from datencoder_jax.objectives.contrastive import contrastive_dense, contrastive_ring, nearest_words
 from datencoder_jax.objectives.denoising import denoising_loss
 from datencoder_jax.objectives.norm import norm_penalty
