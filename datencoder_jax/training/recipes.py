@@ -121,7 +121,7 @@ def _explain_pictures(config: ConfigDict, key: str, value: str, path: Path) -> s
         folder = str(json.loads(value)[0]["path"])
     if key.endswith("kind"):
         folder = "PICTURES"
-    recipe = path.parent / _TAKES_PICTURES[config.stage]
+    recipe = path.parent / _TAKES_PICTURES[str(config.stage)]
     recipe = recipe if recipe.is_file() else Path("configs") / recipe.name
     source = "data=" + json.dumps([{"kind": "folder", "path": folder}], ensure_ascii=False)
     command = ["datencoder", "pretrain", "--config", str(recipe), "--variant", "smoke", "--workdir", "DIR"]
