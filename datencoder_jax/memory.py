@@ -18,7 +18,7 @@ class Memory:
     Attributes:
         draws: samples per tuning step.
         remat: recompute instead of keeping.
-        scan_layers: tuning runs the UNet's repeated transformer blocks as a loop over a copy of their weights (4.2 GB
+        scan_layers: tuning runs the UNet's repeated transformer blocks as a loop over a copy of their weights (4.4 GB
             of XL in half precision, nothing of the other models), which compiles several times faster.
         in_parts: networks stay with the host and visit the device.
         batch: pictures sampled at a time.
