@@ -393,7 +393,9 @@ def test_the_container_installs_what_there_is():
     text = (LAUNCH / "Dockerfile").read_text("utf-8")
     steps = [line.split(maxsplit=1) for line in re.sub(r"\\\n", " ", text).splitlines() if line and line[0] != "#"]
     ordered = [name for name, _ in steps if name in ("FROM", "COPY", "RUN", "CMD")]
-    assert ordered == ["FROM", "COPY", "COPY", "RUN", "COPY", "CMD"]
+    assert ordered == ["FROM", "COPY", "COPY", "COPY", "COPY", "RUN", "CMD"]
+    copied = {source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]}
+    assert {"configs", "examples", "setup.py"} <= copied  # the wheel takes them along
     for name, rest in steps:
         if name == "COPY":
             *sources, _ = rest.split()

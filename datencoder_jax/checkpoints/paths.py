@@ -32,6 +32,5 @@ def shipped_files(folder: str) -> dict[str, Path]:
 
 def find_shipped(path: Path, folder: str) -> Path:
     """The file that comes with the package where `path` is its name ("examples/robot.png") and no file; else `path`."""
-    if path.exists() or str(path.parent) != folder:
-        return path
-    return shipped_files(folder).get(path.name, path)
+    shipped = shipped_files(folder).get(path.name) if str(path.parent) == folder else None
+    return path if shipped is None or path.exists() else shipped
