@@ -67,19 +67,25 @@ def test_versions_name_the_device():
 
 def test_attention_passes_and_a_wrong_implementation_fails(monkeypatch):
     outcome = attention.check_attention((SMALL,))
-    assert len(outcome.comparisons) == 3 * 4 and all(c.passed for c in outcome.comparisons)
-    assert set(outcome.values["largest_deviation"]) == {"xla bfloat16", "blocks bfloat16", "blocks float32"}
+    assert len(outcome.comparisons) == 4 * 4 and all(c.passed for c in outcome.comparisons)
+    assert set(outcome.values["largest_deviation"]) == {
+        "xla bfloat16",
+        "blocks bfloat16",
+        "blocks float32",
+        "heads float32",
+    }
     right = attention.attend
     monkeypatch.setattr(
         attention, "attend", lambda q, k, v, implementation: right(q, k, v) * (1.1 if implementation != "xla" else 1.0)
     )
     failed = {c.name.split()[0] for c in attention.check_attention((SMALL,)).comparisons if not c.passed}
-    assert failed == {"blocks"}
+    assert failed == {"blocks", "heads"}
 
 
 def test_attention_checks_what_the_device_can_run():
     assert set(attention.list_implementations(Target("cuda", (9, 0)))) == {"xla", "blocks", "cudnn"}
     assert set(attention.list_implementations(Target("cuda", (7, 5)))) == {"xla", "blocks"}
+    assert set(attention.list_implementations(Target("cpu"))) == {"xla", "blocks", "heads"}
     assert set(attention.list_implementations(Target("tpu"))) == {"xla", "blocks", "flash"}
     assert len(attention.choose_shapes(Target("tpu"), quick=True)) < len(attention.choose_shapes(Target("tpu"), False))
 

@@ -55,7 +55,7 @@ def close(found, wanted, tolerance):
         (257, 257, 1, 80),  # CLIP's vision tower
     ],
 )
-@pytest.mark.parametrize("implementation", ["blocks", "flash"])
+@pytest.mark.parametrize("implementation", ["blocks", "heads", "flash"])
 def test_implementations_equal_xla_in_value_and_gradient(implementation, queries, keys, heads, head_dim, dtype):
     arrays = draw(queries, keys, heads, head_dim, dtype)
     with pltpu.force_tpu_interpret_mode():
@@ -73,13 +73,14 @@ def test_flash_attention_on_4096_queries():
 
 
 @pytest.mark.parametrize("queries", [8, 10])
-def test_blocks_that_do_and_do_not_divide_the_queries(queries, monkeypatch):
+@pytest.mark.parametrize("implementation", ["blocks", "heads"])
+def test_blocks_that_do_and_do_not_divide_the_queries(implementation, queries, monkeypatch):
     monkeypatch.setattr(dot_product_attention, "_BLOCK_QUERIES", 4)
     arrays = draw(queries, 6, 3, 8)
-    close(value_and_gradient("blocks", *arrays), value_and_gradient("xla", *arrays), 1e-6)
+    close(value_and_gradient(implementation, *arrays), value_and_gradient("xla", *arrays), 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "flash"])
+@pytest.mark.parametrize("implementation", ["blocks", "heads", "flash"])
 def test_rows_that_a_mesh_shares(implementation):
     """The gradient of replicated keys adds up over devices, and each device attends to its own rows."""
     q, k, v, weight = draw(256, 256, 2, 32, batch=8)
@@ -153,7 +154,10 @@ def test_causal_attention_sees_no_later_position():
 
 @pytest.mark.parametrize(
     ("implementation", "causal", "message"),
-    [("blocks", True, "no causal mask"), ("triton", False, "not known; choose one of: xla, blocks, cudnn, flash")],
+    [
+        ("blocks", True, "no causal mask"),
+        ("triton", False, "not known; choose one of: xla, blocks, heads, cudnn, flash"),
+    ],
 )
 def test_what_there_is_not_is_refused(implementation, causal, message):
     x = jnp.ones((1, 4, 1, 4))
@@ -184,7 +188,9 @@ def shape(queries, head_dim, dtype="bfloat16", heads=8, batch=8):
         (TPU, 256, 256, 160, "bfloat16", False, "xla"),
         (TPU, 4096, 4096, 512, "float32", False, "blocks"),  # XL's VAE
         (TPU, 2048, 2048, 64, "bfloat16", True, "xla"),
-        (CPU, 4096, 4096, 40, "float32", False, "blocks"),
+        (CPU, 4096, 4096, 40, "float32", False, "heads"),
+        (CPU, 1024, 1024, 40, "float32", False, "heads"),
+        (CPU, 4096, 77, 40, "float32", False, "xla"),
         (CPU, 1024, 1024, 40, "bfloat16", False, "xla"),
     ],
 )

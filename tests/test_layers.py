@@ -8,6 +8,7 @@ from flax import nnx
 
 from datencoder_jax.models.layers import conv1x1, conv3x3, same_conv
 from datencoder_jax.models.unet import ResnetBlock2D
+from datencoder_jax.runtime.target import Target, lowering_for
 
 
 def plain(x, kernel):
@@ -26,6 +27,23 @@ def test_a_convolutions_gradients_are_those_of_jax(size):
             for conv in (same_conv, plain)
         )
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 1)])
+def test_a_convolution_of_few_positions_is_a_product_on_a_cpu(size):
+    """As in the deepest levels of Stable Diffusion at 256 px; value and gradient are those of the convolution."""
+    x, kernel = (
+        jax.random.normal(jax.random.key(k), shape) for k, shape in enumerate([(2, 4, 4, 256), (*size, 256, 3)])
+    )
+    loss = {
+        conv: jax.value_and_grad(lambda x, k, conv=conv: (conv(x, k) ** 2).sum(), (0, 1)) for conv in (same_conv, plain)
+    }
+    for found, expected in zip(*(jax.tree.leaves(loss[conv](x, kernel)) for conv in (same_conv, plain)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+    gradient = jax.grad(lambda x, k: same_conv(x, k).sum())
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(gradient)(x, kernel))
+    with lowering_for(Target("cuda", (9, 0))):
+        assert "conv_general_dilated" in str(jax.make_jaxpr(gradient)(x, kernel))
 
 
 @pytest.mark.parametrize("make", [conv3x3, conv1x1])

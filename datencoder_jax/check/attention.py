@@ -52,6 +52,8 @@ def list_implementations(target: Target) -> dict[str, tuple[str, ...]]:
     types = {"xla": ("bfloat16",), "blocks": ("bfloat16", "float32")}
     if target.is_ampere_or_newer:
         types["cudnn"] = ("bfloat16",)
+    if target.platform == "cpu":
+        types["heads"] = ("float32",)
     if target.platform == "tpu":
         types["flash"] = ("bfloat16",)
     return types

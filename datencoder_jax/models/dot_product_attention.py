@@ -4,6 +4,7 @@ Every attention layer of every model calls `attend`; nothing else does. Its impl
 
     xla      two matrix products with the softmax in float32 between them; any shape, type and device
     blocks   xla over blocks of queries, whose scores the backward pass recomputes: `O(block * keys)` memory
+    heads    the same for one head of one row of the batch after the other: a block's scores stay in a CPU's caches
     cudnn    cuDNN's fused attention on NVIDIA GPUs, forward and backward; no scores in memory (arXiv 2205.14135)
     flash    JAX's Pallas kernels for TPUs, forward and backward; likewise
 """
@@ -16,12 +17,16 @@ from jax.sharding import PartitionSpec
 
 from datencoder_jax.runtime.target import Target, batch_mesh, current_target
 
-IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "flash")
+IMPLEMENTATIONS = ("xla", "blocks", "heads", "cudnn", "flash")
 
 _BLOCK_QUERIES = 1024
-"""Queries per step of "blocks"; its peak memory is `batch * heads * _BLOCK_QUERIES * keys`."""
+"""Queries per step of "blocks" and "heads"; peak memory is `_BLOCK_QUERIES * keys`, of "blocks" `batch * heads` times
+that."""
 _BLOCKS_FROM = 4096 * 4096
 """Queries times keys from which on scores are not kept in memory at once."""
+_HEADS_FROM = 1024 * 1024
+"""Queries times keys from which on a CPU computes head by head in half the time, and a third from 4,096 on; with 77
+keys, or 256 queries, all heads at once are as fast or faster."""
 _FLASH_FROM = 1024
 """Queries and keys from which on the TPU kernels move less memory than XLA does (docs/performance.md)."""
 _FLASH_BLOCKS = (512, 256, 128)
@@ -44,11 +49,12 @@ def attend(
     |-------------------------------|-----------|--------------------|-------------------------------|----------------|
     | NVIDIA GPU from Ampere on     | 16 bits   | <= 128, 8 divides  | any                           | cudnn          |
     | TPU                           | bfloat16  | any                | both >= 1024                  | flash          |
+    | CPU                           | float32   | any                | queries * keys >= 1024 * 1024 | heads          |
     | any                           | any       | any                | queries * keys >= 4096 * 4096 | blocks         |
     | any                           | any       | any                | any                           | xla            |
 
-    Causal attention (CLIP's text towers, 77 tokens) is always "xla". In `sharing_batch(mesh)` "cudnn" and "flash" run
-    on each device's own rows, and are chosen if the mesh divides the batch.
+    Causal attention (CLIP's text towers, 77 tokens) is always "xla". In `sharing_batch(mesh)` "heads", "cudnn"
+    and "flash" run on each device's rows, and are chosen if the mesh divides the batch.
 
     Args:
         q: `[batch, queries, heads, head_dim]`.
@@ -72,7 +78,8 @@ def attend(
         raise ValueError(f"attention {implementation!r} has no causal mask")
     if implementation == "blocks":
         return _attend_blocks(q, k, v)
-    return _per_device(_attend_cudnn if implementation == "cudnn" else _attend_flash)(q, k, v)
+    kernels = {"heads": _attend_heads, "cudnn": _attend_cudnn, "flash": _attend_flash}
+    return _per_device(kernels[implementation])(q, k, v)
 
 
 def choose_implementation(q: jax.Array, k: jax.Array, causal: bool, target: Target) -> str:
@@ -86,6 +93,8 @@ def choose_implementation(q: jax.Array, k: jax.Array, causal: bool, target: Targ
             return "cudnn"
         if target.platform == "tpu" and q.dtype == jnp.bfloat16 and min(queries, keys) >= _FLASH_FROM:
             return "flash"
+        if target.platform == "cpu" and q.dtype == jnp.float32 and queries * keys >= _HEADS_FROM:
+            return "heads"
     return "blocks" if queries * keys >= _BLOCKS_FROM else "xla"
 
 
@@ -131,6 +140,24 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     blocks = jnp.moveaxis(padded.reshape(batch, -1, size, heads, head_dim), 1, 0)
     out = jax.lax.map(jax.checkpoint(lambda block: _attend_xla(block, k, v)), blocks)
     return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :queries]
+
+
+def _attend_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    batch, queries, heads, head_dim = q.shape
+    size = min(_BLOCK_QUERIES, queries)
+    q, k, v = (x.swapaxes(1, 2).reshape(batch * heads, -1, head_dim) for x in (_pad(q, (1, -queries % size)), k, v))
+
+    @jax.checkpoint
+    def attend_block(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * (head_dim**-0.5)
+        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+    def attend_head(rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = rows
+        return jax.lax.map(lambda block: attend_block(block, k, v), q.reshape(-1, size, head_dim)).reshape(q.shape)
+
+    out = jax.lax.map(attend_head, (q, k, v))
+    return out.reshape(batch, heads, -1, head_dim).swapaxes(1, 2)[:, :queries]
 
 
 def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
