@@ -383,6 +383,18 @@ def test_what_fits_is_no_failure(recipe, planned, monkeypatch, capsys):
     assert "does not fit" not in capsys.readouterr().out
 
 
+def test_previews_are_planned_on_the_mesh(recipe, monkeypatch, capsys):
+    """With the training state beside them, of which they read the average alone; filled up for eight devices."""
+    arguments = ["plan", "--config", str(recipe), "--programs", "previews", "--json"]
+    arguments += ["--set", "batch_size=32", "--set", "accumulate=1"]
+    assert cli.main(arguments) == 0
+    (previews,) = json.loads(capsys.readouterr().out)["programs"]
+    assert previews["program"] == "previews" and previews["chips"] == 8 and previews["images"] % 8 == 0
+    memory = previews["memory_bytes"]
+    parts, shown = memory["parts"], memory["arguments"] - memory["parts"]["frozen"] - memory["parts"]["batch"]
+    assert 0 < shown < parts["state"] / 3 and memory["beside"] == parts["state"] - shown
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -395,6 +407,7 @@ def test_what_fits_is_no_failure(recipe, planned, monkeypatch, capsys):
         (["--config", "RECIPE", "--methods", "e4t"], "e4t does not start from the encoder that"),
         (["--config", "RECIPE", "--resolution", "64"], "change it with --set resolution=PIXELS"),
         (["--models", "1.5", "--programs", "train"], "the program train is of a recipe"),
+        (["--models", "1.5", "--programs", "previews"], "the program previews is of a recipe"),
         (["--models", "1.5", "--set", "seed=1"], "--set and --variant are of a recipe"),
         (["--config", "RECIPE", "--set", "stage=unet"], "is no recipe of an encoder"),
         (["--config", "RECIPE", "--set", "model=nobody/nothing", "architecture=9"], "architecture is '9'"),

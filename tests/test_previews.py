@@ -1,19 +1,26 @@
 """The images that pretraining shows while it runs."""
 
-from types import SimpleNamespace
+import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absent_gpu import allow_cudnn, with_fused_attention
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import SIDE, in_half_precision
 
 from datencoder_jax.encoder.reading import read_again
+from datencoder_jax.models import batches
 from datencoder_jax.models.batches import map_in_batches
-from datencoder_jax.runtime.target import Target, lowering_for
-from datencoder_jax.training.e4t import E4TFrozen, E4TTask
-from datencoder_jax.training.tuning_encoder import Frozen, TuningEncoderTask
+from datencoder_jax.models.vae import AutoencoderKL
+from datencoder_jax.runtime.target import Target, lowering_for, sharing_batch
+from datencoder_jax.training import mesh as on_mesh
+from datencoder_jax.training.e4t import E4TFrozen, E4TTask, E4TWeights
+from datencoder_jax.training.mesh import make_mesh
+from datencoder_jax.training.previews import PreviewDrawer, Previews
+from datencoder_jax.training.tuning_encoder import Frozen, TuningEncoderTask, Weights, latent_shape, latents_of
 from datencoder_jax.typing import Reader
 
 COUNT, KEY = 3, jax.random.key(0)
@@ -28,20 +35,13 @@ def wide(pipeline):
 def test_previews_trace_for_a_gpu_through_cudnn(wide, stage, monkeypatch):
     """Each image has an embedding of its own, and all of them one empty prompt."""
     allow_cudnn(monkeypatch)
-    base, tokenizer = in_half_precision(wide.base), wide.tokenizer
-    images = jnp.zeros((COUNT, SIDE, SIDE, 3), jnp.uint8)
-    ids = jnp.asarray(tokenizer.encode(["a photo of S*"] * COUNT, {"S*": 1}))
-    empty = jnp.asarray(tokenizer.encode([""]))
-    if stage == "e4t":
-        task, word = SimpleNamespace(config=wide.domain.config), jnp.zeros((1, sum(base.widths)))
-        draw, given = E4TTask._draw, (wide.domain.params, E4TFrozen(base, empty, ids[:1], word), images, ids, KEY)
-    else:
-        task, blend = SimpleNamespace(config=wide.encoder.config), jnp.float32(0.5)
-        draw, given = TuningEncoderTask._draw, (wide.encoder, Frozen(base, empty, ids[:1]), images, ids, KEY, blend)
+    half = replace(wide, base=in_half_precision(wide.base))
+    task, params = make_task(half, stage)
+    images, ids, _ = task.previews
     with lowering_for(Target("cuda", (9, 0))):
-        traced = jax.jit(lambda *given: draw(task, *given)).trace(*given)
+        traced = jax.jit(task.draw_previews).trace(params, task.frozen, images, ids)
     assert "dot_product_attention_fwd" in str(traced.jaxpr)
-    assert traced.out_info.shape == images.shape
+    assert {x.shape for x in traced.out_info.values()} == {images.shape}
 
 
 def test_every_latent_may_have_pictures_of_its_own(pipeline, wide):
@@ -83,3 +83,73 @@ def test_batches_are_joined(size):
     np.testing.assert_array_equal(found["twice"], 2 * rows)
     np.testing.assert_array_equal(found["sum"], rows.sum(axis=1))
     assert max(seen) == min(size, 5)
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 1), (24, 2), (16, 4), (5, 2)])
+def test_every_device_is_at_its_own_rows_all_the_time(count, size):
+    """A batch that a mesh does not divide is taken as on one device."""
+    mesh, seen = make_mesh({"data": 4, "fsdp": 2}), []
+
+    def double(batch):
+        seen.append(len(batch))
+        return {"twice": 2 * batch, "sum": batch.sum(axis=1)}
+
+    rows = jax.random.normal(KEY, (count, 16))
+    if count % mesh.size == 0:
+        rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    with sharing_batch(mesh):
+        compiled = jax.jit(lambda rows: map_in_batches(double, rows, size)).lower(rows).compile()
+    found = compiled(rows)
+    np.testing.assert_array_equal(found["twice"], 2 * rows)
+    np.testing.assert_allclose(found["sum"], rows.sum(axis=1), rtol=1e-6)
+    assert max(seen) <= size * (8 if count % 8 == 0 else 1)
+    assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
+
+
+def make_task(pipeline, stage, **options):
+    """A task of either stage with three previews, and its encoder's weights."""
+    base, tokenizer = pipeline.base, pipeline.tokenizer
+    images = np.asarray(jax.random.randint(KEY, (COUNT, SIDE, SIDE, 3), 0, 256), np.uint8)
+    ids = tokenizer.encode(["a photo of S*"] * COUNT, {"S*": 1})
+    empty, shown = jnp.asarray(tokenizer.encode([""])), Previews(images, ids, images)
+    if stage == "e4t":
+        frozen = E4TFrozen(base, empty, jnp.asarray(ids[:1]), jnp.zeros((1, sum(base.widths))))
+        kind, encoder, weights = E4TTask, pipeline.domain, E4TWeights(norm=0.1, gamma=5.0)
+    else:
+        kind, encoder, weights = TuningEncoderTask, pipeline.encoder, Weights(0.1, 0.1, 0.1, 4, 5.0)
+        frozen = Frozen(base, empty, jnp.asarray(ids[:1]))
+    return kind(encoder.config, frozen, None, shown, batch_size=8, weights=weights, **options), encoder.params
+
+
+@pytest.mark.parametrize("stage", ["encoder", "e4t"])
+def test_previews_are_drawn_by_the_whole_mesh(wide, stage):
+    """Three previews on eight devices: as on one device, with weights that stay split."""
+    task, params = make_task(wide, stage)
+    drawn = {}
+    for sizes in ({"data": 1}, {"data": 4, "fsdp": 2}):
+        mesh = make_mesh(sizes)
+        placed = on_mesh.place(task.frozen, on_mesh.of_frozen(task.frozen, mesh))
+        drawer = PreviewDrawer(task, placed, mesh)
+        drawn[mesh.size] = drawer(on_mesh.place(params, on_mesh.of_params(params, mesh)))
+        if mesh.size > 1:
+            taken, count = drawer.compiled.memory_analysis().argument_size_in_bytes, len(jax.tree.leaves(placed))
+            assert taken < 0.75 * sum(x.nbytes for x in jax.tree.leaves((task.frozen, params))) and count
+    for name in ("vanilla", "encoder"):
+        one, eight = drawn[1][name], drawn[8][name]
+        assert one.shape == eight.shape == task.previews.images.shape and one.dtype == np.uint8
+        assert np.abs(one.astype(int) - eight).mean() < 2
+    assert (drawn[1]["vanilla"] != drawn[1]["encoder"]).any()
+
+
+def test_a_training_step_encodes_a_few_images_of_every_device_at_a_time(pipeline, monkeypatch):
+    monkeypatch.setattr(batches, "_PIXELS", 2 * SIDE * SIDE)
+    seen, encode = [], AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+    images = np.asarray(jax.random.randint(KEY, (32, SIDE, SIDE, 3), 0, 256), np.uint8)
+    noise = jax.random.normal(KEY, (32, *latent_shape(pipeline.base, {"images": images})))
+    samples = {"images": images, "latent_noise": noise}
+    few = jax.jit(latents_of)(pipeline.base, samples)
+    with sharing_batch(make_mesh({"data": 8})):
+        of_eight = jax.jit(lambda base, samples: latents_of(base, samples))(pipeline.base, samples)
+    assert max(seen[: len(seen) // 2]) == 2 and max(seen) == 16
+    np.testing.assert_allclose(few, of_eight, rtol=1e-4, atol=1e-5)

@@ -30,6 +30,7 @@ _SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-a")
 _VERSIONS = ("1.5", "2.1", "XL")
 _PROGRAMS = (
     "train",
+    "previews",
     "image-features",
     "prediction",
     "vae-encoding",

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from datencoder_jax.plan.dry_run import PlannedProgram
     from datencoder_jax.plan.measure import Result
 
+_OF_RECIPES = ("train", "previews")
+"""Programs that pretraining runs."""
+
 
 def run(args: Namespace) -> None:
     """Prints the plan.
@@ -57,17 +60,17 @@ def _check_options(args: Namespace) -> None:
         raise UserError("with --config there is one method and one setting of --memory; several go with --models")
     if args.config is None and (args.set or args.variant != "full"):
         raise UserError("--set and --variant are of a recipe; name it with --config, or leave them out")
-    if args.config is None and "train" in (args.programs or ()):
-        raise UserError("the program train is of a recipe; name it with --config")
+    if args.config is None and (of_recipes := [name for name in args.programs or () if name in _OF_RECIPES]):
+        raise UserError(f"the program {of_recipes[0]} is of a recipe; name it with --config")
     if args.config is not None and args.resolution is not None:
         raise UserError("a recipe has a resolution of its own; change it with --set resolution=PIXELS")
 
 
 def _plan_recipe(args: Namespace, machine: "Machine") -> bool:
-    """Whether all fits: the recipe's training step on the whole machine, and what its users run on one device of it."""
+    """Whether all fits: what a recipe's pretraining runs on the whole machine, and what its users run on one device."""
     from datencoder_jax.plan import advice
     from datencoder_jax.plan.report import table
-    from datencoder_jax.plan.training import trace_training_step
+    from datencoder_jax.plan.training import trace_preview_drawing, trace_training_step
     from datencoder_jax.training.recipes import load_recipe
 
     config: Any = load_recipe(args.config, args.variant, args.set)
@@ -78,8 +81,10 @@ def _plan_recipe(args: Namespace, machine: "Machine") -> bool:
     results = []
     if "train" in (args.programs or ("train",)):
         results.append(_measure(trace_training_step(config, base, machine.devices), machine))
-    step = results[0] if results else None
-    if set(args.programs or ("sampling",)) - {"train"}:
+    step = next((result for result in results if result.program.name == "train"), None)
+    if "previews" in (args.programs or ("previews",)):
+        results.append(_measure(trace_preview_drawing(config, base, machine.devices), machine))
+    if set(args.programs or ("sampling",)) - set(_OF_RECIPES):
         results += [_measure(program, machine) for program in _programs_of_users(args, config, machine)]
     changes = advice.knobs(config, step) if step and not step.fits else []
     if args.json:
@@ -164,6 +169,8 @@ def _explain_misfit(result: "Result", label: str = "", *, is_smallest: bool = Fa
     # A compiler that runs out may not say what it would have needed.
     needed = f"needs {room.total / 1e9:.1f} GB" if room.total > (room.available or 0) else "needs more than there is"
     way = "a lower --resolution" if is_smallest else "--memory 8, or a lower --resolution"
+    if result.program.name == "previews":
+        way = "a larger --set mesh.fsdp, or fewer --set previews"
     advice = "" if result.program.name == "train" else f"; try {way}"
     say(f"{label}{result.program.name} does not fit: it {needed} of {there}{advice}")
 

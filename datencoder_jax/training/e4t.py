@@ -12,7 +12,6 @@ sees at sampling. The penalty's `lambda = 0.01` is the paper's; its unit `rho`, 
 `w` and, in the embedded world, pairs of pictures: `z` may show the concept of `I` in another scene (`training.pairs`).
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax.base import Base
-from datencoder_jax.data.images import to_float, write_grid
+from datencoder_jax.data.images import to_float
 from datencoder_jax.diffusion.samplers import ddim
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, snr_weight, stratified_timesteps, target
 from datencoder_jax.encoder.domain_encoder import DomainConfig, DomainEncoder, encoder_of, offsets_of
@@ -33,10 +32,10 @@ from datencoder_jax.objectives.norm import norm_penalty
 from datencoder_jax.sampling import Request, decode, sample_latents
 from datencoder_jax.training import accumulation
 from datencoder_jax.training.accumulation import CoupledLoss
+from datencoder_jax.training.previews import Previews
 from datencoder_jax.training.tuning_encoder import (
     Data,
     Inputs,
-    Previews,
     Targets,
     distinct,
     latent_shape,
@@ -111,7 +110,6 @@ class E4TTask:
         self.config, self.frozen, self.data, self.previews = config, frozen, data, previews
         self.batch_size, self.weights, self.accumulate, self.remat = batch_size, weights, accumulate, remat
         self.identity = identity or {}
-        self._drawer = jax.jit(self._draw)  # here, since a method that is jitted anew is compiled anew
 
     def init(self, key: jax.Array) -> Params:
         return init_params(DomainEncoder, self.config, key)
@@ -197,31 +195,21 @@ class E4TTask:
         values = {"denoise": denoise, "shift": jnp.sqrt(penalty), "offset_norm": norm}
         return denoise + self.weights.norm * penalty, values
 
-    def preview(self, params: Params, path: Path) -> dict[str, float]:
-        """Rows of input, base model under the domain's word, encoder and offsets untuned, truth: for every preview."""
-        assert self.previews is not None
-        images, ids, truth = self.previews
-        drawn = [
-            np.asarray(self._drawer(which, self.frozen, images, ids, jax.random.key(0))) for which in (None, params)
-        ]
-        rows = np.stack([images, *drawn, truth], axis=1)
-        write_grid(path, rows.reshape(-1, *images.shape[1:]), columns=16, scale=max(1, 96 // images.shape[1]))
-        return {
-            name: float(jnp.square(to_float(x) - to_float(truth)).mean())
-            for name, x in zip(("vanilla", "encoder"), drawn, strict=True)
-        }
-
-    def _draw(self, params: Params | None, frozen: E4TFrozen, images, ids, key) -> jax.Array:
-        """Images for the previews with equation (1) at every step; without parameters under the word alone."""
+    def draw_previews(
+        self, params: Params, frozen: E4TFrozen, images: jax.Array, ids: jax.Array
+    ) -> dict[str, jax.Array]:
+        """What the base model draws under the domain's word alone, and with equation (1) at every step, untuned."""
         base = frozen.base
         side, channels = images.shape[1] // base.vae.config.factor, base.unet.config.in_channels
-        noise = jax.random.normal(key, (len(images), side, side, channels))
+        noise = jax.random.normal(jax.random.key(0), (len(images), side, side, channels))
         request = Request(ids, None, frozen.empty_ids, noise, jnp.float32(_PREVIEW_GUIDANCE), jnp.float32(1.0))
-        variables = Variables(frozen.word, {})
-        if params is not None:
-            seen, empty = see(base, to_float(images), self.config.patch_taps), base.condition(frozen.empty_ids)
-            classes, patches = (x.astype(jnp.float32)[:, None] for x in (seen.classes, seen.patches))
-            scale = jnp.full(1, self.config.scale, jnp.float32)
-            reader = Reader(encoder_of(self.config, params), classes, patches, empty.context, empty.pooled, scale)
-            variables = Variables(frozen.word, offsets_of(self.config, params), reader=reader)
-        return decode(base, sample_latents(base, ddim(base.schedule, _PREVIEW_STEPS), request, variables))
+
+        def draw(variables: Variables) -> jax.Array:
+            return decode(base, sample_latents(base, ddim(base.schedule, _PREVIEW_STEPS), request, variables))
+
+        seen, empty = see(base, to_float(images), self.config.patch_taps), base.condition(frozen.empty_ids)
+        classes, patches = (x.astype(jnp.float32)[:, None] for x in (seen.classes, seen.patches))
+        scale = jnp.full(1, self.config.scale, jnp.float32)
+        reader = Reader(encoder_of(self.config, params), classes, patches, empty.context, empty.pooled, scale)
+        encoded = Variables(frozen.word, offsets_of(self.config, params), reader=reader)
+        return {"vanilla": draw(Variables(frozen.word, {})), "encoder": draw(encoded)}

@@ -37,9 +37,10 @@ from datencoder_jax.training.e4t import E4TFrozen, E4TTask, E4TWeights
 from datencoder_jax.training.loop import fit, initial_key
 from datencoder_jax.training.mesh import make_mesh
 from datencoder_jax.training.pairs import TOKEN, concept_views
+from datencoder_jax.training.previews import Previews
 from datencoder_jax.training.sources import open_source
 from datencoder_jax.training.templates import TEMPLATES
-from datencoder_jax.training.tuning_encoder import Data, Frozen, Previews, TuningEncoderTask, Weights
+from datencoder_jax.training.tuning_encoder import Data, Frozen, TuningEncoderTask, Weights
 from datencoder_jax.typing import Params
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("datencoder_jax")
 
+PREVIEWS_OF_CONCEPTS = 32
+"""Concepts of the embedded world that previews are drawn of; recipes on photographs have `previews`."""
 DESCRIPTION = "encoder.json"
 """In the work folder: configuration and base model of the encoder that its checkpoints are of."""
 
@@ -289,11 +292,11 @@ def _pairs(config, pipeline: Pipeline) -> tuple[Data, Previews]:
     seen = named or tuple(name for name in CLASSES if name not in HELD_OUT)
     source = concept_views(pipeline, "train", config.data, config.seed, seen)
     few = config.data.copy_and_resolve_references()
-    few.concepts = min(32, config.data.concepts)
+    few.concepts = min(PREVIEWS_OF_CONCEPTS, config.data.concepts)
     few.template_share = 0.0
     held_out = concept_views(pipeline, "validation", few, 0, named or CLASSES)
     drawn = {"batch_size": config.batch_size, "share": config.pairs, "draws": config.get("draws", 1)}
-    return replace(source, **drawn, seed=config.seed), held_out.previews(32)
+    return replace(source, **drawn, seed=config.seed), held_out.previews(PREVIEWS_OF_CONCEPTS)
 
 
 def _pictures(config, pipeline: Pipeline) -> tuple[Data, Previews]:

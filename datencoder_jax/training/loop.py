@@ -38,7 +38,8 @@ from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.checkpoints import Checkpoints, check_alike, describe, on_disk
 from datencoder_jax.training.logbook import Logbook
 from datencoder_jax.training.optim import adamw
-from datencoder_jax.training.task import Task
+from datencoder_jax.training.previews import DrawingTask, PreviewDrawer, write_previews
+from datencoder_jax.training.task import PreviewedTask, Task
 from datencoder_jax.typing import Params
 
 _NO_STEP = 2**32 - 1
@@ -179,9 +180,10 @@ def _train(
     batches = on_mesh.batches(task.batch, task.batch_size, mesh, range(first, config.steps), config.threads)
     batch = next(batches)
     step_fn = _compile(task, config, state, frozen, batch, mesh)
+    preview = _Preview(task, frozen, mesh, workdir)
     with Logbook(workdir, first if resumed else None, config.steps) as log, _Interrupt() as interrupt:
         if config.preview_every and not resumed:
-            _preview(task, state, mesh, workdir, log)
+            preview(state, log)
         speed, saved_at = _Speed(step_fn, task.batch_size, mesh, first), time.monotonic()
         for done in range(first + 1, config.steps + 1):
             state, metrics = step_fn(state, frozen, batch)
@@ -204,7 +206,7 @@ def _train(
             if due and not scored:  # before the preview, which may fail; where the best is sought, scores go with it
                 checkpoints.save(done, state)
             if shown:
-                scores = _preview(task, state, mesh, workdir, log)
+                scores = preview(state, log)
                 speed.restart(done)
                 if scored:
                     checkpoints.save(done, state, scores)
@@ -262,13 +264,27 @@ def _compile(task: Task, config: Any, state: TrainState, frozen: Any, batch: dic
     return compiled
 
 
-def _preview(task: Task, state: TrainState, mesh: Mesh, workdir: Path, log: Logbook) -> dict[str, float]:
-    """Scores of the average's sample grid; process 0 makes it, all have to help fetching the average."""
-    step, ema = int(state.step), on_mesh.fetch(state.ema, mesh)
-    path = workdir / f"preview_{step:07d}.png"
-    scores = task.preview(ema, path) if jax.process_index() == 0 else {}
-    log.preview(step, scores, path)
-    return scores
+class _Preview:
+    """Writes the sample grid of the averaged weights, and its scores: drawn by the whole mesh, or on process 0."""
+
+    def __init__(self, task: Task, frozen: Any, mesh: Mesh, workdir: Path):
+        self.task, self.mesh, self.workdir = task, mesh, workdir
+        draws = hasattr(task, "draw_previews")
+        self.drawer = PreviewDrawer(cast(DrawingTask, task), frozen, mesh) if draws else None
+
+    def __call__(self, state: TrainState, log: Logbook) -> dict[str, float]:
+        step = int(state.step)
+        path = self.workdir / f"preview_{step:07d}.png"
+        # All processes have to help, in drawing or in fetching the average.
+        shown = self.drawer(state.ema) if self.drawer else on_mesh.fetch(state.ema, self.mesh)
+        scores = self._write(shown, path) if jax.process_index() == 0 else {}
+        log.preview(step, scores, path)
+        return scores
+
+    def _write(self, shown: Any, path: Path) -> dict[str, float]:
+        if self.drawer:
+            return write_previews(self.drawer.previews, shown, path)
+        return cast(PreviewedTask, self.task).preview(shown, path)
 
 
 def _not_finite(step: int, in_a_row: int, checkpoints: Checkpoints) -> str:

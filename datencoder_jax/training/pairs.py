@@ -13,7 +13,7 @@ from datencoder_jax.toyworld.captions import prompt_for
 from datencoder_jax.toyworld.dataset import render_batch
 from datencoder_jax.toyworld.render import coverage
 from datencoder_jax.toyworld.world import CLASSES, SPLITS, Draws, Instance, sample_context
-from datencoder_jax.training.tuning_encoder import Previews
+from datencoder_jax.training.previews import Previews
 from datencoder_jax.training.vae import encode_latents
 
 TOKEN = "S*"

@@ -14,6 +14,9 @@ Metrics = dict[str, jax.Array]
 class Task(Protocol):
     """What is trained.
 
+    It has previews in one of two ways: as a `PreviewedTask`, or, where they need the frozen models, as a
+    `training.previews.DrawingTask`.
+
     Three more members are optional:
 
     - `value_and_grad(params, frozen, batch, key, step) -> ((loss, metrics), grads)`, for a task whose gradient is not
@@ -47,6 +50,10 @@ class Task(Protocol):
     ) -> tuple[jax.Array, Metrics]:
         """A scalar, and further scalars to log, of the global batch; `step` is an int32 scalar."""
         ...
+
+
+class PreviewedTask(Task, Protocol):
+    """A task whose previews take its own weights alone."""
 
     def preview(self, params: Params, path: Path) -> dict[str, float]:
         """Writes a sample grid to `path` and returns scores, from the averaged weights on one device."""

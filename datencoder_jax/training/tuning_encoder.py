@@ -23,7 +23,6 @@ The embedded world can draw a concept again, so a share `pairs` of its targets h
   `v*` moves to words under which the base model already draws the concept.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -31,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datencoder_jax.base import Base
-from datencoder_jax.data.images import to_float, write_grid
+from datencoder_jax.data.images import to_float
 from datencoder_jax.diffusion.samplers import ddim
 from datencoder_jax.diffusion.schedule import add_noise, alphas_cumprod, snr_weight, stratified_timesteps, target
 from datencoder_jax.encoder.features import Seen
@@ -49,6 +48,7 @@ from datencoder_jax.sampling import Request, decode, sample_latents
 from datencoder_jax.training import accumulation
 from datencoder_jax.training.accumulation import CoupledLoss
 from datencoder_jax.training.anchors import Anchors
+from datencoder_jax.training.previews import Previews
 from datencoder_jax.typing import Features, LowRank, Params, Variables
 
 
@@ -92,20 +92,6 @@ class Data(Protocol):
     def report(self) -> dict[str, int]:
         """What was left out so far, by reason."""
         ...
-
-
-class Previews(NamedTuple):
-    """Concepts that samples are drawn of while training.
-
-    Attributes:
-        images: uint8 `[n, H, W, 3]`.
-        ids: of the prompts to draw, with the placeholder, `[n, L]`.
-        truth: what `ids` describe, uint8 `[n, H, W, 3]`; the pictures themselves where that is not known.
-    """
-
-    images: np.ndarray
-    ids: np.ndarray
-    truth: np.ndarray
 
 
 class Weights(NamedTuple):
@@ -190,7 +176,6 @@ class TuningEncoderTask:
         self.batch_size, self.weights, self.draws = batch_size, weights, draws
         self.accumulate, self.remat = accumulate, remat
         self.mesh, self.identity, self.anchors = mesh, identity or {}, anchors
-        self._drawer = jax.jit(self._draw)  # here, since a method that is jitted anew is compiled anew
 
     def init(self, key: jax.Array) -> Params:
         params = init_params(TuningEncoder, self.config, key)
@@ -335,36 +320,29 @@ class TuningEncoderTask:
         axes = self.mesh.axis_names
         return contrastive_ring(v, concepts, mask, base.table, base.words, mesh=self.mesh, axis=axes, **options)
 
-    def preview(self, params: Params, path: Path) -> dict[str, float]:
-        """Rows of input, base model under the nearest word, encoder alone, truth: for every preview."""
-        assert self.previews is not None
-        images, ids, truth = self.previews
-        encoder = Model(TuningEncoder, self.config, params)
-        shown = (encoder, self.frozen, images, ids, jax.random.key(0))
-        drawn = [np.asarray(self._drawer(*shown, jnp.float32(blend))) for blend in (0.0, self.config.blend)]
-        rows = np.stack([images, *drawn, truth], axis=1)
-        write_grid(path, rows.reshape(-1, *images.shape[1:]), columns=16, scale=max(1, 96 // images.shape[1]))
-        return {
-            name: float(jnp.square(to_float(x) - to_float(truth)).mean())
-            for name, x in zip(("vanilla", "encoder"), drawn, strict=True)
-        }
-
-    def _draw(self, encoder: Model, frozen: Frozen, images, ids, key, blend) -> jax.Array:
+    def draw_previews(self, params: Params, frozen: Frozen, images: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
+        """What the base model draws under the nearest word, and what it draws with the encoder's variables."""
         base, count = frozen.base, len(images)
-        seen_key, noise_key = jax.random.split(key)
+        seen_key, noise_key = jax.random.split(jax.random.key(0))
         vae, pictures = base.vae.bind(), to_float(images)
         latents = map_in_batches(vae.to_latents, pictures, pictures_at_once(*images.shape[1:3]))
         t = jnp.broadcast_to(levels(base.schedule.num_train_timesteps)[1], count)
         seen_noise = jax.random.normal(seen_key, latents.shape)
+        encoder = Model(TuningEncoder, self.config, params)
         variables = predict_each(encoder, base, pictures, latents, t, seen_noise, frozen.empty_ids)
         words, _ = nearest_words(variables.embeddings[:, 0], base.table, base.words, 1)
         hard_ids = jnp.where(ids >= base.table.shape[0], words, ids)
         noise = jax.random.normal(noise_key, latents.shape)
         # Guidance runs both halves in one batch, so each half needs its own copy of the per-sample offsets.
         doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), variables.offsets)
-        request = Request(ids, hard_ids, frozen.empty_ids, noise, jnp.float32(3.0), blend)
-        z = sample_latents(base, ddim(base.schedule, 20), request, Variables(variables.embeddings, doubled))
-        return decode(base, z)
+
+        def draw(blend: jax.Array) -> jax.Array:
+            request = Request(ids, hard_ids, frozen.empty_ids, noise, jnp.float32(3.0), blend)
+            z = sample_latents(base, ddim(base.schedule, 20), request, Variables(variables.embeddings, doubled))
+            return decode(base, z)
+
+        vanilla, encoder_alone = jax.lax.map(draw, jnp.asarray([0.0, self.config.blend], jnp.float32))
+        return {"vanilla": vanilla, "encoder": encoder_alone}
 
 
 def latent_shape(base: Base, batch: dict[str, Any]) -> tuple[int, int, int]:
@@ -386,7 +364,8 @@ def latents_of(base: Base, samples: dict[str, jax.Array]) -> jax.Array:
     if "moments" in samples:
         posterior = Posterior(*jnp.split(samples["moments"].astype(jnp.float32), 2, axis=-1))
     else:
-        posterior = vae.encode(to_float(samples["images"]))
+        images = to_float(samples["images"])
+        posterior = map_in_batches(vae.encode, images, pictures_at_once(*images.shape[1:3]))
     return vae.scaled(posterior.at(samples["latent_noise"])).astype(jnp.float32)
 
 

@@ -9,7 +9,7 @@ from tiny import in_half_precision
 
 from datencoder_jax.plan import inspection, shapes
 from datencoder_jax.plan.devices import find_machine
-from datencoder_jax.plan.training import trace_task_step, trace_training_step
+from datencoder_jax.plan.training import trace_preview_drawing, trace_task_step, trace_training_step
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.training.recipes import load_recipe
 
@@ -17,6 +17,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TOPOLOGIES = ("8xH100", "v5e:4x4")
 BUDGETS = {("1.5", "8xH100"): 10.0, ("1.5", "v5e:4x4"): 10.7}
 """GB of a device at 8 images, by model and devices."""
+
+PREVIEW_BUDGETS = {("1.5", "8xH100"): 6.0, ("1.5", "v5e:4x4"): 6.0}
+"""Likewise for drawing previews, the training state beside it."""
 
 SLOW = ("sd15_paper", "sd21_laion", "sdxl_laion")
 """Recipes that are compiled at night; sd15_paper differs from sd15_laion in its data and batches alone."""
@@ -39,6 +42,19 @@ def test_recipes_on_photographs(topology, recipe, compiled):
     check_training_step(result, program)
     assert result.room.total <= 1e9 * BUDGETS.get((config.architecture, topology), float("inf"))
     check_collectives(result, program, is_contrastive=config.stage == "encoder")
+
+
+@pytest.mark.parametrize("recipe", PHOTOGRAPHS)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_previews_of_recipes_on_photographs(topology, recipe, compiled):
+    """Drawn by all devices, each its rows, with weights that a part of the devices shares."""
+    machine = find_machine(topology)
+    config = load_recipe(CONFIGS / f"{recipe}.py", "full", [f"batch_size={8 * len(machine.devices)}", "accumulate=1"])
+    base = shapes.stable_diffusion(config.architecture, config.dtype, machine.target, vision=True)
+    result = compiled(trace_preview_drawing(config, base, machine.devices), machine, recipe)
+    assert not inspection.host_callbacks(result.text)
+    check_fused_attention(result)
+    assert result.room.total <= 1e9 * PREVIEW_BUDGETS.get((config.architecture, topology), float("inf"))
 
 
 def check_training_step(result, program):
