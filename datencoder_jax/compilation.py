@@ -1,15 +1,16 @@
-"""Compiling visibly and once: a line before, the seconds after, and a cache on disk."""
+"""Compiling visibly and once: a line before, what was done and its seconds after, and a cache on disk."""
 
 import functools
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -46,7 +47,7 @@ def enable_cache() -> None:
     if not os.access(folder, os.W_OK):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @functools.cache
@@ -128,6 +129,57 @@ def forget_compiled() -> None:
     jax.clear_caches()  # which hold what was compiled too
 
 
+class Compilation(NamedTuple):
+    """A compiled program, and whether JAX's persistent cache held it."""
+
+    program: jax.stages.Compiled
+    from_cache: bool
+
+
+_cache_hits = threading.local()
+"""`count` of the programs that this thread read from the persistent cache."""
+
+
+@functools.cache
+def _count_cache_hits() -> None:
+    def count(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _cache_hits.count = getattr(_cache_hits, "count", 0) + 1
+
+    jax.monitoring.register_event_listener(count)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, str | bool]) -> Compilation:
+    """Compiles with these options of XLA's, or reads the persistent cache."""
+    enable_cache()
+    _count_cache_hits()
+    before = getattr(_cache_hits, "count", 0)
+    program = lowered.compile(options)
+    return Compilation(program, getattr(_cache_hits, "count", 0) > before)
+
+
+def announce(doing: str, prepare: Callable[[], Compilation], quiet: bool = False) -> jax.stages.Compiled:
+    """The program that `prepare` returns, under a printed line that says whether it was compiled, and the seconds.
+
+    Args:
+        doing: how the line begins, such as "preparing the training step".
+        quiet: print nothing.
+    """
+    if quiet:
+        return prepare().program
+    print(f"{doing} ...", end=" ", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    try:
+        found = prepare()
+    except BaseException:  # whatever is said of the failure gets a line of its own
+        print(file=sys.stderr, flush=True)
+        raise
+    seconds = time.perf_counter() - start
+    how = "loaded from the cache" if found.from_cache else "compiled"
+    print(f"{how} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    return found.program
+
+
 _under_way: "weakref.WeakSet[Future]" = weakref.WeakSet()
 
 
@@ -140,7 +192,7 @@ class Program:
     """A jitted function that is compiled ahead of its first call, under a printed line.
 
     Args:
-        name: what the line says is compiled.
+        name: what the line says is prepared.
         function: as for `jax.jit`; further keyword arguments are `jax.jit`'s.
 
     Attributes:
@@ -189,32 +241,21 @@ class Program:
         """
         key, traced = self._key(args, kwargs)[0], self.trace(*args, **kwargs)
         if key not in self._compiled:
-            enable_cache()
-            future = executor.submit(traced.lower().compile, current_target().compiler_options())
+            future = executor.submit(compile_lowered, traced.lower(), current_target().compiler_options())
             self._compiled[key] = future
             _under_way.add(future)
         return traced
 
-    def _compile(self, args: tuple, kwargs: dict[str, Any]):
-        enable_cache()
-        return self.trace(*args, **kwargs).lower().compile(current_target().compiler_options())
+    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> Compilation:
+        return compile_lowered(self.trace(*args, **kwargs).lower(), current_target().compiler_options())
 
-    def _wait(self, started: Future | Callable[[], Any], quiet: bool):
+    def _wait(self, started: Future | Callable[[], Compilation], quiet: bool) -> jax.stages.Compiled:
         """What is compiled in the background, or what the function compiles now, under a printed line."""
-        quiet = quiet or (isinstance(started, Future) and started.done())
-        if not quiet:
-            doing = f"waiting for {self.name} to compile" if isinstance(started, Future) else f"compiling {self.name}"
-            print(f"{doing} (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        try:
-            compiled = started.result() if isinstance(started, Future) else started()
-        except BaseException:
-            if not quiet:  # whatever is said of the failure gets a line of its own
-                print(file=sys.stderr, flush=True)
-            raise
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
+        if isinstance(started, Future):
+            compiled = announce(f"waiting for {self.name}", started.result, quiet or started.done())
+        else:
+            compiled = announce(f"preparing {self.name}", started, quiet)
+        self.seconds += time.perf_counter() - start
         self.compilations += 1
-        if not quiet:
-            print(f"{seconds:.1f} s", file=sys.stderr, flush=True)
         return compiled

@@ -57,9 +57,7 @@ def compiling_ahead(pipeline: Pipeline, run: Callable[[Pipeline], Any]) -> Itera
         programs.add(program)
         return jax.tree.map(hollow_array, program.compile_in_background(executor, *args, **kwargs).out_info)
 
-    print(
-        "preparing the programs, which compile meanwhile (cached afterwards) ...", end=" ", file=sys.stderr, flush=True
-    )
+    print("tracing the programs of this run ...", end=" ", file=sys.stderr, flush=True)
     try:
         try:
             with dry_run(start), without_garbage_collection():

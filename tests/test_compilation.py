@@ -1,5 +1,7 @@
 """Programs: compiled once per kind of arguments, visibly, into a folder of the user's choice."""
 
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -50,7 +52,8 @@ def test_says_so_unless_it_is_to_be_quiet(program, capsys):
     program(jnp.ones(4))
     program(jnp.ones(4))
     out, err = capsys.readouterr()
-    assert out == "" and err.count("compiling scaling") == 1 and err.endswith(" s\n")
+    assert out == "" and err.count("preparing scaling") == 1
+    assert re.search(r"preparing scaling \.\.\. (compiled|loaded from the cache) in \d+\.\d s\n$", err)
 
 
 def test_a_failure_to_compile_starts_a_new_line(capsys):
@@ -144,6 +147,28 @@ def test_without_a_place_for_it_there_is_no_cache(monkeypatch, tmp_path, no_cach
 def test_without_a_home_there_is_no_cache(homeless, no_cache_yet):
     enable_cache()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_the_line_says_what_was_compiled_and_what_the_cache_held(tmp_path, no_cache_yet, capsys):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    try:
+        for how in ("compiled", "loaded from the cache"):
+            jax.clear_caches()
+            x = jnp.ones(7)
+            capsys.readouterr()
+            Program("tripling", lambda x: 3 * x + 5)(x)
+            assert capsys.readouterr().err.startswith(f"preparing tripling ... {how} in ")
+            with ThreadPoolExecutor(1) as executor:
+                jax.clear_caches()
+                program = Program("tripling", lambda x: 3 * x + 5)
+                program.compile_in_background(executor, x)
+            assert next(iter(program._compiled.values())).result().from_cache
+    finally:
+        compilation_cache.reset_cache()
 
 
 def test_an_entry_that_was_cut_short_is_replaced_once(tmp_path, no_cache_yet):

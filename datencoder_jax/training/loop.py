@@ -14,7 +14,6 @@ whatever the number of devices and processes.
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from datencoder_jax.checkpoints.atomic import write_all
-from datencoder_jax.compilation import enable_cache
+from datencoder_jax.compilation import Compilation, announce, compile_lowered
 from datencoder_jax.errors import UserError
 from datencoder_jax.runtime.hardware import find_chip
 from datencoder_jax.runtime.target import Target, lowering_for, sharing_batch
@@ -252,16 +251,13 @@ def trace_step(
 
 
 def _compile(task: Task, config: Any, state: TrainState, frozen: Any, batch: dict, mesh: Mesh) -> Any:
-    """The step for these shapes and places, compiled once, under a line that says so."""
-    enable_cache()
-    quiet, since = jax.process_index() > 0, time.perf_counter()
-    if not quiet:
-        print("compiling the training step (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
-    lowered = trace_step(task, config, state, frozen, batch, mesh).lower()
-    compiled = lowered.compile(Target.of(mesh.devices.flat[0]).compiler_options())
-    if not quiet:
-        print(f"{time.perf_counter() - since:.1f} s", file=sys.stderr, flush=True)
-    return compiled
+    """The step for these shapes and places, compiled once."""
+
+    def prepare() -> Compilation:
+        lowered = trace_step(task, config, state, frozen, batch, mesh).lower()
+        return compile_lowered(lowered, Target.of(mesh.devices.flat[0]).compiler_options())
+
+    return announce("preparing the training step", prepare, quiet=jax.process_index() > 0)
 
 
 class _Preview:

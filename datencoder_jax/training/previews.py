@@ -4,8 +4,6 @@ A preview is drawn by a program of its own, like a training step: every device h
 frozen base model and the averaged weights stay where the training step has them.
 """
 
-import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from datencoder_jax.compilation import enable_cache
+from datencoder_jax.compilation import Compilation, announce, compile_lowered
 from datencoder_jax.data.images import to_float, write_grid
 from datencoder_jax.runtime.target import Target, lowering_for, sharing_batch
 from datencoder_jax.training import mesh as on_mesh
@@ -81,15 +79,11 @@ class PreviewDrawer:
         return {name: np.asarray(x.addressable_data(0))[: len(self.previews.images)] for name, x in drawn.items()}
 
     def _compile(self, params: Params) -> jax.stages.Compiled:
-        enable_cache()
-        quiet, since = jax.process_index() > 0, time.perf_counter()
-        if not quiet:
-            print("compiling the previews (cached afterwards) ...", end=" ", file=sys.stderr, flush=True)
-        lowered = trace_previews(self.task, params, self.frozen, *self.rows, self.mesh).lower()
-        compiled = lowered.compile(Target.of(self.mesh.devices.flat[0]).compiler_options())
-        if not quiet:
-            print(f"{time.perf_counter() - since:.1f} s", file=sys.stderr, flush=True)
-        return compiled
+        def prepare() -> Compilation:
+            lowered = trace_previews(self.task, params, self.frozen, *self.rows, self.mesh).lower()
+            return compile_lowered(lowered, Target.of(self.mesh.devices.flat[0]).compiler_options())
+
+        return announce("preparing the previews", prepare, quiet=jax.process_index() > 0)
 
 
 def fill_up(rows: np.ndarray, multiple: int) -> np.ndarray:
