@@ -38,9 +38,12 @@ def atomic_write(path: str | Path, *, replaces: str | None = None, flushed: bool
             renaming is done on exit.
 
     Raises:
-        UserError: the place cannot be written (no space, no permission, a folder is in the way); nothing is left there.
+        UserError: the place cannot be written (no space, no permission, no name, a folder in the way); nothing is left
+            there.
     """
-    path = expand_user(path)
+    path = expand_user(path, to_write=True)
+    if not path.name:
+        raise UserError(f"Cannot write {path}: it is a folder; name a file in it.")
     temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
         check_destination(path, replaces)
@@ -75,7 +78,7 @@ def write_all(folder: str | Path, writers: Mapping[str, Callable[[Path], object]
         UserError: something cannot be written. Then `folder` is as it was, unless it was the renaming itself that
             failed, or the flushing of the folder after it: files that had their names by then keep them.
     """
-    folder = expand_user(folder)
+    folder = expand_user(folder, to_write=True)
     with no_empty_folder(folder):
         with ExitStack() as renames:
             for name, write in writers.items():
@@ -93,7 +96,7 @@ def write_all(folder: str | Path, writers: Mapping[str, Callable[[Path], object]
 @contextmanager
 def no_empty_folder(folder: str | Path) -> Iterator[None]:
     """When the block fails, removes `folder` and its parents again as far as the block made them and they are empty."""
-    folder = expand_user(folder)
+    folder = expand_user(folder, to_write=True)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield

@@ -76,7 +76,7 @@ def write_encoder(folder: str | Path, encoder: Model, fingerprint: str, vision: 
 
 def check_encoder_place(folder: str | Path) -> None:
     """Raises `UserError` where `write_encoder` would replace a folder that holds something else than an encoder."""
-    folder = expand_user(folder)
+    folder = expand_user(folder, to_write=True)
     check_destination(folder, _CONFIG)
     if not (folder / _CONFIG).is_file():
         return

@@ -21,7 +21,7 @@ _KEY, _SOFTWARE = "Software", "datencoder toyworld"
 
 def run(args: Namespace) -> None:
     """Draws it."""
-    args.out = expand_user(args.out)
+    args.out = expand_user(args.out, to_write=True)
     if args.out.suffix.lower() != ".png":
         raise UserError(f"{args.out} must end in .png: the picture is written as PNG.")
     if args.size % 2:

@@ -35,7 +35,7 @@ def check_writable(folder: str | Path) -> Path:
         UserError: they cannot: a file is in the way, it is not permitted, there is no space, or the folder is a link to
             a place that is not there.
     """
-    folder = expand_user(folder)
+    folder = expand_user(folder, to_write=True)
     nearest = folder
     try:
         while not nearest.exists() and nearest != nearest.parent:
