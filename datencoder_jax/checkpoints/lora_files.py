@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
 from datencoder_jax.checkpoints.lora_names import NETWORKS, PEFT_PREFIX, layer_finder, split
 from datencoder_jax.checkpoints.paths import expand_user
@@ -239,11 +240,18 @@ def _scale(path: Path, settings: Mapping[str, Mapping[str, Any]], layer: str, ra
         return 1.0
     try:
         patterns = config.get("alpha_pattern") or {}
-        named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = float(next(named, config["lora_alpha"]))
-    except (re.error, KeyError, TypeError, ValueError, AttributeError) as error:
+        matches = (alpha for key, alpha in patterns.items() if _matches(key, module))
+        alpha = float(next(matches, config["lora_alpha"]))
+    except TimeoutError as error:
+        raise UserError(f"{path}: a key of its alpha_pattern takes too long to match with {layer}.") from error
+    except (regex.error, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: the settings of its adapter give no alpha for {layer} ({error!r}).") from error
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether PEFT takes a key of its patterns for a module; `TimeoutError` where that is not found out in a second."""
+    return regex.match(rf"(.*\.)?({pattern})$", module, timeout=1.0) is not None
 
 
 def _read_factors(
@@ -272,7 +280,7 @@ def _read_factors(
         )
     scale = _scale(path, settings, name, rank)
     if "alpha" in parts:
-        alpha = file.get_tensor(parts["alpha"])  # some programs write it as an integer
+        alpha = read_tensor(path, file, parts["alpha"], integers=True)  # as some programs write it
         if alpha.size != 1:
             raise UserError(f"{path}: {parts['alpha']} should be one number and is {list(alpha.shape)}.")
         scale = alpha.item() / rank

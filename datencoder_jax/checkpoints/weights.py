@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from datencoder_jax.typing import Params
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("", ".fp16", ".non_ema")
 _READABLE = ("F64", "F32", "F16", "BF16")
+_INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,22 +126,36 @@ def open_tensors(path: Path) -> Iterator[Any]:
     Raises:
         UserError: the file is missing, unreadable, cut short or no safetensors file.
     """
+    _check_file(path)
     try:
         opened = safe_open(str(path), framework="numpy")
     except SafetensorError as error:
         raise UserError(_damage(path, error)) from error
     except OSError as error:
-        if not path.exists():
-            raise UserError(f"There is no file {path}.") from error
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     with opened:
         yield opened
 
 
-def read_tensor(path: Path, opened: Any, key: str) -> np.ndarray:
-    """Tensor `key` of an opened file; a `UserError` if it is not floating point."""
+def _check_file(path: Path) -> None:
+    """Raises `UserError` unless there is an ordinary file: a pipe, which a shell's `<(...)` is, would be waited for."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"Cannot read {path}: {reason}.") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a folder; name a file in it.")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is not an ordinary file; write it to one first.")
+
+
+def read_tensor(path: Path, opened: Any, key: str, *, integers: bool = False) -> np.ndarray:
+    """Tensor `key` of an opened file; a `UserError` if it is not floating point, nor an integer where those may be."""
     kind = opened.get_slice(key).get_dtype()
-    if kind not in _READABLE:
+    if kind not in _READABLE and not (integers and kind in _INTEGERS):
         raise UserError(f"{path}: {key} is of type {kind}; supported: {', '.join(_READABLE)}.")
     return opened.get_tensor(key)
 
@@ -198,6 +215,6 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index} names {name!r}, which is not a file of its own folder.")
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):  # which no name makes raise
             raise UserError(f"{index} names {name}, which is missing.")
     return [index.parent / name for name in names]
