@@ -84,8 +84,13 @@ def _to_array(picture: Any) -> Any:
     if not isinstance(picture, Image.Image):
         return picture
     name = getattr(picture, "filename", "") or "the picture"
-    _check_size(name, picture)
-    return np.array(_rgb(name, _upright(picture.copy())))
+    try:
+        _check_size(name, picture)
+        return np.array(_rgb(name, _upright(picture.copy())))  # the pixels of an opened file are read only now
+    except UserError:
+        raise
+    except Exception as error:  # as of files
+        raise DamagedPicture(f"{name} cannot be read ({_reason(error)}); open it again.", "damaged") from error
 
 
 def decode(content: bytes, name: str, *, least: int = 0) -> Image.Image:
