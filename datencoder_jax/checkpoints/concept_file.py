@@ -192,6 +192,8 @@ def _check_values(origin: str, arrays: Mapping[str, np.ndarray], blend: float) -
         odd.append("blend")
     if odd:
         raise UserError(f"{origin} holds values that are not finite (NaN or infinity) in {', '.join(odd[:5])}.")
+    if not 0.0 <= blend <= 1.0:
+        raise UserError(f"{origin} has a blend of {blend:g}, which must lie between 0 and 1.")
 
 
 def _parts(origin: str, arrays: Mapping[str, np.ndarray]) -> tuple[Offsets, Gate | None]:
