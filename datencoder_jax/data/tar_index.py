@@ -159,7 +159,7 @@ def _archive(tar: tarfile.TarFile, start: int, end: int, report: Counter[str]) -
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - or it keeps them all
         if member is None:
             break
-        if not position < member.offset < tar.offset or member.offset_data + member.size > end:
+        if member.size < 0 or not position < member.offset < tar.offset or member.offset_data + member.size > end:
             report["tar cut short"] += 1  # or it claims sizes that lead back or beyond its end
             return
         position = member.offset
@@ -226,7 +226,7 @@ def build_index(root: Path, *, quiet: bool = False, processes: int = 1) -> TarIn
                 _save(root, shards, rows)
                 saved = time.monotonic()
     finally:  # an interrupted run goes on from here
-        if new:
+        if new and any(len(items) for items in rows.values()):  # where there is nothing to use nothing is left behind
             _save(root, shards, rows)
     return TarIndex(list(shards.values()), np.concatenate([rows[name] for name in shards]))
 
