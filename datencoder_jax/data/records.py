@@ -205,7 +205,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     if metadata.get("format") != _FORMAT or metadata.get("format_version") != _VERSION:
         raise UserError(f"{path} is of another format or version; write the records anew to another folder.")
     lacking = {"settings", "pictures", "per_file", "arrays"} - metadata.keys()
-    if lacking or set(metadata["settings"]) != set(Settings._fields):
+    settings = metadata.get("settings")
+    if lacking or not isinstance(settings, dict) or set(settings) != set(Settings._fields):
         raise UserError(f"{path} is incomplete; write the records anew to another folder.")
     return metadata
 

@@ -9,7 +9,7 @@ from datencoder_jax.data.items import Item, Source
 from datencoder_jax.errors import UserError
 from datencoder_jax.toyworld.dataset import sample_item
 from datencoder_jax.toyworld.render import render
-from datencoder_jax.toyworld.world import CLASSES, HELD_OUT, Instance
+from datencoder_jax.toyworld.world import CLASSES, HELD_OUT, SPLITS, Instance
 
 
 class World:
@@ -20,9 +20,19 @@ class World:
         size: their side in pixels.
         seed: another one gives other pictures.
         split: of `toyworld.world.SPLITS`.
+
+    Raises:
+        UserError: an argument has no meaning.
     """
 
     def __init__(self, count: int, size: int = 64, seed: int = 0, split: str = "train"):
+        if not all(isinstance(value, int) for value in (count, size, seed)) or count < 0 or size < 1:
+            raise UserError(
+                "the embedded world takes a count of 0 or more pictures, a size of 1 or more pixels and a seed, all "
+                f"whole numbers, not {count!r}, {size!r} and {seed!r}"
+            )
+        if split not in SPLITS:
+            raise UserError(f"the embedded world has no split {split!r}; choose one of: {', '.join(SPLITS)}")
         self.count, self.size, self.seed, self.split = count, size, seed, split
         self.classes = tuple(name for name in CLASSES if name not in HELD_OUT)
         self.name, self.report = "the embedded world", {}
@@ -88,7 +98,7 @@ def open_source(section: Any) -> Source:
     options = dict(section)
     options.pop("weight", None)
     kind = options.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"a source of kind {kind!r} is not known; choose one of: {', '.join(KINDS)}")
     try:
         return KINDS[kind](**options)
