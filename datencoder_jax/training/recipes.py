@@ -77,13 +77,21 @@ def _run(path: Path, variant: str) -> ConfigDict:
     except SyntaxError as error:
         raise UserError(f"The recipe {path} is not Python: {error.msg}, line {error.lineno}.") from error
     except (Exception, SystemExit) as error:  # whatever a recipe may raise
-        said = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".: ")
-        raise UserError(f"The recipe {path} fails with {said}.") from error
+        raise UserError(f"The recipe {path} fails with {_describe(error)}.") from error
     finally:
         sys.path.remove(folder)
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of the recipe {path} returns a {type(config).__name__} instead of a ConfigDict.")
     return config
+
+
+def _describe(error: BaseException) -> str:
+    """The kind of an error and what it says, in one line."""
+    try:
+        text = str(error)
+    except Exception:  # a recipe's own exceptions may fail to say anything
+        text = ""
+    return " ".join(f"{type(error).__name__}: {text}".split()).rstrip(".: ")
 
 
 def _override(config: ConfigDict, text: str, path: Path) -> None:
@@ -136,13 +144,14 @@ def _explain_pictures(config: ConfigDict, key: str, value: str, path: Path) -> s
 # --- a place in the configuration: names of keys and numbers of items
 
 _MISSING: Any = object()
+_DIGITS = 10  # of the number of an item; Python reads no number of thousands of them
 
 
 def _look_up(node: Any, names: Sequence[str]) -> Any:
     for name in names:
         if _is_section(node) and name in node:
             node = node[name]
-        elif _is_sequence(node) and name.isdecimal() and int(name) < len(node):
+        elif _is_sequence(node) and name.isdecimal() and len(name) < _DIGITS and int(name) < len(node):
             node = node[int(name)]
         else:
             return _MISSING
@@ -256,7 +265,7 @@ def _sections(text: str, way_out: str) -> list[dict[str, Any]]:
     """Sections in the place of others, as JSON: `[{"kind": "folder", "path": "pictures"}]`."""
     try:
         found = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise ValueError(way_out) from None
     if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
         raise ValueError(way_out)
