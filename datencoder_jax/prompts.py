@@ -119,6 +119,8 @@ class PromptTokenizer:
         return ids + [self._tokenizer.pad_token_id] * (self.length - len(ids))
 
     def _ids(self, text: str) -> list[int]:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # halves of surrogate pairs
+            raise UserError(f"the text {text!r} is not valid Unicode")
         # Not verbose: it is warned of what is too long above, and without words such as "indexing errors".
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -212,6 +214,8 @@ def check_prompts(prompts: Sequence[str], tokens: Collection[str] = ()) -> None:
     if not prompts:
         raise UserError("no prompt was given")
     for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt must be a text, not {type(prompt).__name__}")
         if not prompt.strip():
             raise UserError("a prompt is empty; say what the picture should show")
         if tokens and not _any(tokens).search(prompt):
