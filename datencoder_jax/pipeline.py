@@ -130,7 +130,7 @@ def read_pipeline(
     # Half precision overflows in XL's decoder.
     vae = parts.vae.cast(dtype, compute if text_2 is None else "float32")
     tokenizer = PromptTokenizer(parts.tokenizer, text.config.vocab_size, text.config.max_position_embeddings)
-    mean, std = _pixels(parts.feature_extractor)
+    mean, std = _pixels(parts.feature_extractor, path / "feature_extractor" / "preprocessor_config.json")
     with describing(path / "scheduler" / "scheduler_config.json", "a noise schedule"):
         schedule = _schedule(parts.scheduler)
     with describing(path / DEFAULTS, "a model's defaults"):
@@ -173,17 +173,30 @@ def with_vision(
     """
     traits: Traits = {}
     vision, extractor = read_vision(resolve_vision(path), dtype=dtype, traits=traits)
-    mean, std = _pixels(extractor)
+    mean, std = _pixels(extractor, Path(path))
     compute = compute_dtype or current_target().compute_dtype(dtype)
     base = replace(pipeline.base, vision=vision.cast(dtype, compute), pixel_mean=mean, pixel_std=std)
     return replace(pipeline, base=base, vision_fingerprint=part_fingerprint(traits))
 
 
-def _pixels(extractor: dict[str, Any] | None) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation of the pixels that a vision tower is given, from a `preprocessor_config.json`."""
+def _pixels(extractor: dict[str, Any] | None, origin: Path) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation of the pixels that a vision tower is given, from a `preprocessor_config.json`.
+
+    Raises:
+        UserError: they are no numbers of three colours; `origin` is what it names.
+    """
     values = extractor or {}
-    mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
-    return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    with describing(origin, "how pictures enter a vision tower"):
+        mean, std = (
+            np.asarray(values.get(name, default), np.float32)
+            for name, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+        )
+        for name, array in (("image_mean", mean), ("image_std", std)):
+            if array.shape not in ((3,), (1,), ()) or not np.isfinite(array).all():
+                raise ValueError(f"{name} is {array.tolist()}")
+        if (std <= 0).any():
+            raise ValueError(f"image_std is {std.tolist()}")
+    return jnp.asarray(mean), jnp.asarray(std)
 
 
 def _second_pad(parts: BaseParts, tokenizer: PromptTokenizer) -> int:

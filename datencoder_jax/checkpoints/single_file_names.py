@@ -28,9 +28,9 @@ _OUTSIDE = {
     "out.2": "conv_out",
     "middle_block.1": "mid_block.attentions.0",
 }
-_BLOCK = re.compile(r"^(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"^(input_blocks|output_blocks)\.(\d{1,4})\.(\d{1,4})\.(.+)$")
 _MIDDLE = re.compile(r"^middle_block\.(0|2)\.(.+)$")
-_DOWNSAMPLER = re.compile(r"^input_blocks\.(\d+)\.0\.op\.")
+_DOWNSAMPLER = re.compile(r"^input_blocks\.(\d{1,4})\.0\.op\.")
 
 _VAE_RULES = [
     (re.compile(rf"^(encoder|decoder)\.{before}"), rf"\1.{after}")
@@ -45,9 +45,9 @@ _VAE_RULES = [
         (r"up\.(\d+)\.upsample\.", r"up_blocks.\2.upsamplers.0."),
     )
 ]
-_UP = re.compile(r"^decoder\.up\.(\d+)\.")
-_UP_LEVEL = re.compile(r"^decoder\.up_blocks\.(\d+)\.")
-_LAYER = re.compile(r"^text_model\.encoder\.layers\.(\d+)\.")
+_UP = re.compile(r"^decoder\.up\.(\d{1,4})\.")
+_UP_LEVEL = re.compile(r"^decoder\.up_blocks\.(\d{1,4})\.")
+_LAYER = re.compile(r"^text_model\.encoder\.layers\.(\d{1,4})\.")
 _PROJECTION = "text_projection.weight"
 _DEPTHS = {768: 12, 1024: 24, 1280: 32}
 """Layers of text towers by width: those of CLIP's ViT-L/14 and of OpenCLIP's ViT-H/14 and ViT-bigG/14."""

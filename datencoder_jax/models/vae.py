@@ -6,6 +6,7 @@
 Module names are those of diffusers' `AutoencoderKL`; arrays are NHWC; pictures are in [-1, 1].
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -40,6 +41,10 @@ class VAEConfig(ConfigMixin):
 
     _choices: ClassVar = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
     _required: ClassVar = {"latents_mean": (None,), "latents_std": (None,)}
+
+    def __post_init__(self):
+        if not math.isfinite(self.scaling_factor) or not self.scaling_factor:
+            raise ValueError(f"its scaling_factor cannot be {self.scaling_factor}")
 
     @property
     def factor(self) -> int:
