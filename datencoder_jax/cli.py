@@ -22,6 +22,7 @@ from datencoder_jax.commands.console import prepare_streams
 from datencoder_jax.commands.examples import EXAMPLES
 from datencoder_jax.commands.options import add_commands
 from datencoder_jax.errors import UserError, exit_status
+from datencoder_jax.printable import escape_hidden
 
 _INTERRUPTED = 130
 
@@ -197,5 +198,5 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(sentence: str, status: int = 2) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {escape_hidden(sentence)}", file=sys.stderr)
     return status
