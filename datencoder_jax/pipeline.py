@@ -6,7 +6,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +15,7 @@ from datencoder_jax.checkpoints.hub import DEFAULTS, resolve_vision
 from datencoder_jax.checkpoints.identity import Traits, part_fingerprint
 from datencoder_jax.checkpoints.parts import BaseParts
 from datencoder_jax.checkpoints.paths import expand_user
-from datencoder_jax.checkpoints.vision import read_vision
+from datencoder_jax.checkpoints.vision import pixel_statistics, read_vision
 from datencoder_jax.checkpoints.weights import describing
 from datencoder_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from datencoder_jax.errors import UserError
@@ -130,7 +129,8 @@ def read_pipeline(
     # Half precision overflows in XL's decoder.
     vae = parts.vae.cast(dtype, compute if text_2 is None else "float32")
     tokenizer = PromptTokenizer(parts.tokenizer, text.config.vocab_size, text.config.max_position_embeddings)
-    mean, std = _pixels(parts.feature_extractor, path / "feature_extractor" / "preprocessor_config.json")
+    origin = path / "feature_extractor" / "preprocessor_config.json"
+    mean, std = pixel_statistics(parts.feature_extractor, origin, CLIP_MEAN, CLIP_STD)
     with describing(path / "scheduler" / "scheduler_config.json", "a noise schedule"):
         schedule = _schedule(parts.scheduler)
     with describing(path / DEFAULTS, "a model's defaults"):
@@ -142,8 +142,8 @@ def read_pipeline(
         vision=vision,
         words=jnp.zeros(0, bool),
         word_norm=jnp.zeros(()),
-        pixel_mean=mean,
-        pixel_std=std,
+        pixel_mean=jnp.asarray(mean, jnp.float32),
+        pixel_std=jnp.asarray(std, jnp.float32),
         schedule=schedule,
         text_2=text_2,
         end_token=tokenizer.end,
@@ -173,30 +173,15 @@ def with_vision(
     """
     traits: Traits = {}
     vision, extractor = read_vision(resolve_vision(path), dtype=dtype, traits=traits)
-    mean, std = _pixels(extractor, Path(path))
+    mean, std = pixel_statistics(extractor, path, CLIP_MEAN, CLIP_STD)
     compute = compute_dtype or current_target().compute_dtype(dtype)
-    base = replace(pipeline.base, vision=vision.cast(dtype, compute), pixel_mean=mean, pixel_std=std)
+    base = replace(
+        pipeline.base,
+        vision=vision.cast(dtype, compute),
+        pixel_mean=jnp.asarray(mean, jnp.float32),
+        pixel_std=jnp.asarray(std, jnp.float32),
+    )
     return replace(pipeline, base=base, vision_fingerprint=part_fingerprint(traits))
-
-
-def _pixels(extractor: dict[str, Any] | None, origin: Path) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation of the pixels that a vision tower is given, from a `preprocessor_config.json`.
-
-    Raises:
-        UserError: they are no numbers of three colours; `origin` is what it names.
-    """
-    values = extractor or {}
-    with describing(origin, "how pictures enter a vision tower"):
-        mean, std = (
-            np.asarray(values.get(name, default), np.float32)
-            for name, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
-        )
-        for name, array in (("image_mean", mean), ("image_std", std)):
-            if array.shape not in ((3,), (1,), ()) or not np.isfinite(array).all():
-                raise ValueError(f"{name} is {array.tolist()}")
-        if (std <= 0).any():
-            raise ValueError(f"image_std is {std.tolist()}")
-    return jnp.asarray(mean), jnp.asarray(std)
 
 
 def _second_pad(parts: BaseParts, tokenizer: PromptTokenizer) -> int:

@@ -6,9 +6,12 @@
 `read_vision` reads the vision tower, and `read_clip` the text tower with it, where there is one.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from datencoder_jax.checkpoints.hub import OPEN_CLIP
 from datencoder_jax.checkpoints.identity import Traits
@@ -122,6 +125,31 @@ def read_clip(path: str | Path, *, dtype: str = "float32") -> CLIPParts:
         abstract = abstract_params(CLIPTextModel, config)
         params = place(public(tensors, abstract, origin), abstract, dtype=dtype, origin=origin)
     return CLIPParts(vision, Model(CLIPTextModel, config, params), extractor, tokenizer)
+
+
+def pixel_statistics(
+    extractor: Mapping[str, Any] | None, origin: str | Path, mean: Sequence[float], std: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the pixels that a vision tower is given, three numbers each, of pixels in [0, 1].
+
+    Args:
+        extractor: the content of a `preprocessor_config.json`, if there is one.
+        origin: what an error names.
+        mean, std: what they are where `extractor` does not say.
+
+    Raises:
+        UserError: they are no numbers of three colours.
+    """
+    found = []
+    with describing(Path(origin), "how pictures enter a vision tower"):
+        for name, default in (("image_mean", mean), ("image_std", std)):
+            array = np.asarray((extractor or {}).get(name, default), np.float64)
+            if array.shape not in ((3,), (1,), ()) or not np.isfinite(array).all():
+                raise ValueError(f"{name} is {array.tolist()}")
+            if name == "image_std" and (array <= 0).any():
+                raise ValueError(f"{name} is {array.tolist()}")
+            found.append(np.broadcast_to(array, 3).tolist())
+    return found[0], found[1]
 
 
 def _tokenizer(folder: Path, config: CLIPTextConfig, shipped: str) -> Path:

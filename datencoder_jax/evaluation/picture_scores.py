@@ -45,7 +45,7 @@ from PIL import Image
 from datencoder_jax.checkpoints.dino import read_dino
 from datencoder_jax.checkpoints.hub import resolve_vision
 from datencoder_jax.checkpoints.identity import trait
-from datencoder_jax.checkpoints.vision import read_clip
+from datencoder_jax.checkpoints.vision import pixel_statistics, read_clip
 from datencoder_jax.errors import UserError
 from datencoder_jax.models.clip_vision import VisionOutput
 from datencoder_jax.models.dino import DINOOutput
@@ -271,8 +271,7 @@ def load_clip(name: str | Path) -> CLIP:
             f"{name} is a vision tower without its projection, whose pictures are not where CLIP-I compares them; name "
             "a folder with the whole of CLIP, such as openai/clip-vit-base-patch32."
         )
-    values = parts.extractor or {}
-    mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
+    mean, std = pixel_statistics(parts.extractor, name, CLIP_MEAN, CLIP_STD)
     eye = _clip_eye(f"CLIP {name}", parts.vision, mean, std)
     if parts.text is None or parts.tokenizer is None:
         return CLIP(eye)
@@ -288,8 +287,7 @@ def load_dino(name: str | Path = "facebook/dino-vits16") -> Eye:
         UserError: there is no such model, or it is unsupported.
     """
     model, extractor = read_dino(name)
-    values = extractor or {}
-    mean, std = values.get("image_mean", IMAGENET_MEAN), values.get("image_std", IMAGENET_STD)
+    mean, std = pixel_statistics(extractor, name, IMAGENET_MEAN, IMAGENET_STD)
     return Eye(f"DINO {name}", _exact(model), _class_token, model.config.image_size * 8 // 7, mean, std)
 
 
