@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from datencoder_jax.benchmark.suites import DREAMBENCH, TOYWORLD, Setup
+from datencoder_jax.checkpoints.hub import resolve_vision
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.output_folder import check_replaceable, lock_folder
 from datencoder_jax.commands.shared import ONLY_TOYS, announce_device, check_unicode, say
@@ -44,6 +45,8 @@ def run(args: Namespace) -> None:
 
 
 def _evaluate(args: Namespace, setup: Setup, cautions: Sequence[str]) -> None:
+    for name in filter(None, (setup.clip, setup.dino)):  # before anything is written
+        resolve_vision(name)
     device = announce_device()
     from datencoder_jax.benchmark import rates
     from datencoder_jax.benchmark.entries import make_rows, parse_entries, parse_steps
