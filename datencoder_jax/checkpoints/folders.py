@@ -74,7 +74,7 @@ def read_base(path: str | Path, *, dtype: str = "float32", prediction_type: str 
         UserError: there is no such folder or file, it lacks a part, or a part is damaged or unsupported.
     """
     path = expand_user(path)
-    if path.suffix.lower() == ".safetensors" and path.is_file():
+    if path.suffix.lower() == ".safetensors" and path.exists() and not path.is_dir():
         return read_single_file(path, dtype=dtype, prediction_type=prediction_type)
     parts = _read_folder(path, dtype)
     if prediction_type is None:
