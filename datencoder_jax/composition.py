@@ -61,7 +61,9 @@ def compose(concepts: Sequence[Concept], weights: Sequence[float] | None = None)
     weights = [1.0] * len(concepts) if weights is None else list(weights)
     if len(weights) != len(concepts):
         raise UserError(f"{len(concepts)} concepts need as many weights, not {len(weights)}")
-    if not np.isfinite(weights).all():
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(weights, np.float32)  # as they are applied
+    if not np.isfinite(narrow).all():
         raise UserError(f"the weights of concepts must be finite numbers, not {weights}")
     placeholders, words = {}, {}
     for concept, weight in zip(concepts, weights, strict=True):

@@ -24,7 +24,7 @@ from datencoder_jax.loading import load_concept_for
 from datencoder_jax.models.edits import follows_class
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prompts import check_prompts, placeholder
-from datencoder_jax.typing import Concept, Variables
+from datencoder_jax.typing import AnyArray, Concept, Variables
 
 
 @dataclass(frozen=True)
@@ -214,12 +214,23 @@ def _with_gate(variables: Variables | None, beta: float, tau: float) -> Variable
 
 def _not_finite(base: Base, tuned: bool) -> UserError:
     """What is said of pictures whose numbers overflowed, drawn with a concept or without."""
+    for model in (base.unet, base.vae, base.text, base.text_2):
+        odd = [] if model is None else [name for name, value in model.params.items() if not _is_finite(value)]
+        if odd:
+            return UserError(
+                f"the weights of the base model hold values that are not finite (NaN or infinity), {odd[0]} of its "
+                f"{model.kind.__name__} the first of them; fetch or convert it again, or leave --lora out"
+            )
     ways = ["lower --guidance and the weights of --lora and --concept"]
     if tuned:
         ways.append("tune the concept with lower --learning-rates")
     if "float16" in {model.dtype for model in (base.unet, base.vae, base.text)}:
         ways.insert(0, "load the model with --dtype bf16 or f32 in place of f16")
     return UserError(f"some pictures are not finite (NaN or infinity); {', or '.join(ways)}")
+
+
+def _is_finite(weights: AnyArray) -> bool:
+    return bool(np.isfinite(np.asarray(weights).astype(np.float32)).all())
 
 
 def initial_noise(
