@@ -7,6 +7,7 @@ NAME/*.jpg, or *.jpg                          a folder of pictures for each subj
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,8 @@ def read_albums(folder: Path, word: str, prompts: Sequence[str] | None) -> list[
         # What a table cannot say, or a file not be called.
         if not album.name.isprintable() or Path(album.name).name != album.name:
             raise UserError(f"the name {album.name!r} in {folder} is no plain name of a folder; rename it.")
+        if not all(isinstance(text, str) for text in (album.word, *album.templates)):
+            raise UserError(f"the class and the prompts of {album.name} in {folder} must be texts.")
         if wrong := [template for template in album.templates if SUBJECT not in template]:
             raise UserError(f"the prompt {wrong[0]!r} for {album.name} in {folder} names no {SUBJECT}; write it in.")
         if not album.files:
@@ -123,7 +126,7 @@ def _described(folder: Path, word: str, prompts: Sequence[str] | None) -> list[A
         for name in names:
             own, place = about.get(name, {}), folder / name
             listed = tuple(place / file for file in own.get("files", ()))
-            if missing := [file for file in (listed or [place]) if not file.exists()]:
+            if missing := [file for file in (listed or [place]) if not os.path.exists(file)]:
                 raise UserError(f"{folder / 'subjects.json'} names {missing[0]}, which is not there.")
             kind = own.get("kind") or next(iter(lists), None)
             albums.append(
@@ -147,7 +150,7 @@ def _json(path: Path) -> dict:
         return content
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}).") from error
 
 

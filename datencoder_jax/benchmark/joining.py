@@ -42,7 +42,7 @@ def read_joined(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
             [(row["kind"], row["label"], row["values"].items()) for row in content["rows"]]
         except FileNotFoundError:
             raise UserError(f"There is no {path} to join; name a metrics.json of `datencoder evaluate`.") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             said = f"{path} cannot be joined ({error}); name a metrics.json of `datencoder evaluate`."
             raise UserError(said) from error
         found.append((path, content))

@@ -124,7 +124,7 @@ def read_rates(path: Path) -> dict[str, Any]:
         [(about.get("individuals"), about.get("classes")) for about in content.get("chosen_on", {}).values()]
     except FileNotFoundError:
         raise UserError(f"There is no file of learning rates {path}; --sweep writes one.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} holds no learning rates ({error}); name a rates.json that --sweep wrote.") from error
     return content
 

@@ -201,7 +201,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise ValueError("it is of another kind, or of an earlier version of this program")
     except FileNotFoundError:
         raise UserError(f"{folder} holds no evaluation; there is no {path}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); choose another --out.") from error
     return content
 

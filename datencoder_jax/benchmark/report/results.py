@@ -252,7 +252,7 @@ def read_results(folder: Path) -> Results:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"There is no {path}; `datencoder evaluate --out {folder}` writes it.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not an evaluation's metrics; name a folder that `datencoder evaluate` wrote.")
@@ -260,7 +260,7 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"{path} has version {content.get('version')}, this program reads {VERSION}; update it.")
     try:
         return _results(Path(folder), content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error!r}); run `datencoder evaluate` again to write it.") from error
 
 
