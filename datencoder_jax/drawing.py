@@ -214,9 +214,8 @@ def _with_gate(variables: Variables | None, beta: float, tau: float) -> Variable
 
 def _not_finite(base: Base, tuned: bool) -> UserError:
     """What is said of pictures whose numbers overflowed, drawn with a concept or without."""
-    for model in (base.unet, base.vae, base.text, base.text_2):
-        odd = [] if model is None else [name for name, value in model.params.items() if not _is_finite(value)]
-        if odd:
+    for model in filter(None, (base.unet, base.vae, base.text, base.text_2)):
+        if odd := [name for name, value in model.params.items() if not _is_finite(value)]:
             return UserError(
                 f"the weights of the base model hold values that are not finite (NaN or infinity), {odd[0]} of its "
                 f"{model.kind.__name__} the first of them; fetch or convert it again, or leave --lora out"
