@@ -16,13 +16,11 @@ from corpus.case import Kind
 from corpus.files import content, nothing, tensors
 from datencoder_jax import api
 from datencoder_jax.checkpoints.folders import read_base
-from datencoder_jax.loading import load, with_encoder
-from datencoder_jax.pipeline import with_vision
+from datencoder_jax.loading import load
 
 KIND = Kind(
     "Checkpoints",
-    "The base model of `--model`, the encoder of `--encoder` and the tower of `--vision`: a folder of diffusers, "
-    "unless the input says something else, or one file.",
+    "The base model of `--model`, read by `load`: a folder of diffusers, or one file where the input says so.",
     lambda path: load(str(path)),
 )
 
@@ -391,77 +389,3 @@ KIND.used(
     lambda where: single_file(lambda _: None)(where).rename("MODEL.SAFETENSORS"),
     lambda path: read_base(path),
 )
-
-
-# --- encoders and vision towers
-def use_encoder(path: Path) -> None:
-    """Reads an encoder for the embedded model."""
-    with_encoder(models.toyworld(), path)
-
-
-def use_vision(path: Path) -> None:
-    """Reads a vision tower for the embedded model."""
-    with_vision(models.toyworld(), path)
-
-
-_CONFIG = {"_class_name": "TuningEncoder", "base_fingerprint": "?"}
-
-
-def encoder(text: str | bytes) -> files.Maker:
-    """A folder with the configuration of an encoder."""
-    return lambda where: content("encoder/config.json", text)(where).parent
-
-
-def described(**values: Any) -> files.Maker:
-    """A folder with the configuration of an encoder of the embedded model."""
-    return lambda where: encoder(json.dumps(_CONFIG | {"base_fingerprint": models.toyworld().fingerprint} | values))(
-        where
-    )
-
-
-for _name, _make in {
-    "that is not there": nothing(Path("encoder")),
-    "that is a file": content("encoder", b"x"),
-    "that is an empty folder": files.folder("encoder"),
-    "whose path has 5,000 letters": nothing(Path("n/" * 2500)),
-    "whose name has 300 letters": nothing(Path("n" * 300)),
-    "with an empty configuration": encoder(""),
-    "with a configuration that is a list": encoder("[]"),
-    "with a configuration of another class": encoder('{"_class_name": ["x"]}'),
-    "of another base model": encoder(json.dumps(_CONFIG)),
-    "with a configuration of nothing else": described(),
-    "with widths that are texts": described(width="wide", depth=1, heads=1),
-    "that is a base model": folder(lambda _: None),
-}.items():
-    KIND.refused(f"an encoder {_name}", _make, use_encoder)
-for _name, _make in {
-    "that is not there": nothing(Path("tower")),
-    "that is an empty folder": files.folder("tower"),
-    "whose name has 300 letters": nothing(Path("n" * 300)),
-    "that is a pickle": content("tower.bin", b"PK\x03\x04"),
-    "that is a text": content("tower.txt", b"text"),
-    "with an empty configuration": lambda w: (
-        tensors("tower/model.safetensors", {"a": np.ones(2, "f4")})(w),
-        content("tower/config.json", "")(w).parent,
-    )[1:],
-    "of another kind": lambda w: (
-        tensors("tower/model.safetensors", {"a": np.ones(2, "f4")})(w),
-        content("tower/config.json", '{"model_type": "siglip"}')(w).parent,
-    )[1:],
-    "of CLIP without a vision part": lambda w: (
-        tensors("tower/model.safetensors", {"a": np.ones(2, "f4")})(w),
-        content("tower/config.json", '{"model_type": "clip"}')(w).parent,
-    )[1:],
-    "of OpenCLIP without settings": lambda w: (
-        tensors("tower/open_clip_model.safetensors", {"visual.a": np.ones(2, "f4")})(w).parent
-    ),
-    "of OpenCLIP with settings that are a list": lambda w: (
-        content("tower/open_clip_config.json", "[]")(w),
-        tensors("tower/open_clip_model.safetensors", {"visual.a": np.ones(2, "f4")})(w).parent,
-    )[1:],
-    "of OpenCLIP with settings of nothing": lambda w: (
-        content("tower/open_clip_config.json", "{}")(w),
-        tensors("tower/open_clip_model.safetensors", {"visual.a": np.ones(2, "f4")})(w).parent,
-    )[1:],
-}.items():
-    KIND.refused(f"a vision tower {_name}", _make, use_vision)

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ from datencoder_jax.checkpoints.concept_file import save_concept
 from datencoder_jax.commands.output_folder import lock_folder
 from datencoder_jax.data.reading import read_image
 from datencoder_jax.data.writing import reserve_room, write_files
+from datencoder_jax.errors import UserError
+from datencoder_jax.training.logbook import Logbook
 
 KIND = Kind(
     "Environments",
@@ -179,6 +183,59 @@ def _not_permitted(path: Path) -> None:
     with mock.patch.object(Path, "open", side_effect=PermissionError(errno.EACCES, "Permission denied")):
         read_image(path)
 
+
+# --- streams, consoles, devices
+def in_process(*words: str, console: str | None = None, **variables: str) -> None:
+    """Runs a command of its own process, on a console of this encoding, or without any streams where it is None.
+
+    Raises:
+        UserError: the sentence that it prints.
+        AssertionError: it ends with another status than 0 and 2, or prints more.
+    """
+    own = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": console or "utf-8"} | variables
+    command = [sys.executable, "-m", "datencoder_jax", *words]
+    if console is None:
+        command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, timeout=100)
+    lines = done.stderr.decode(console or "utf-8").splitlines()
+    if done.returncode == 0:
+        assert not lines, lines
+        return
+    assert done.returncode == 2, (done.returncode, lines)
+    if console is not None:
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        raise UserError(lines[0].removeprefix("error: "))
+
+
+def on_console(encoding: str | None, *words: str, **variables: str) -> Callable[..., None]:
+    """A command on such a console."""
+    return lambda *_: in_process(*words, console=encoding, **variables)
+
+
+_FISH = ("toyworld", "--class", "fish", "--out")
+KIND.used("no standard streams", argv(), on_console(None, *_FISH, "fish.png"))
+KIND.used("a name in Chinese on a console of Windows", argv(), on_console("cp1252", *_FISH, "猫.png"))
+KIND.refused("a missing name in Chinese on a console of Windows", argv(), on_console("cp1252", "info", "猫"))
+KIND.refused("a missing name that is not UTF-8", argv(), on_console("utf-8", "info", os.fsdecode(b"caf\xe9")))
+KIND.refused("a platform that JAX does not have", argv(), on_console("utf-8", *GENERATE, JAX_PLATFORMS="nonsense"))
+
+
+def _resume(path: Path) -> None:
+    with Logbook(path.parent, 1, 3) as log:
+        log.metrics(2, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text("utf-8").splitlines()] == [1, 2]
+
+
+_LINE = b'{"step": 1, "loss": 2.0}\n'
+for _name, _end in {
+    "half a line": b'{"step": 2, "lo',
+    "bytes that are no UTF-8": b'{"step": 2, "\xff\xfe',
+    "zeros": bytes(512),
+    "a later step": b'{"step": 2, "loss": 3.0}\n',
+    "a step that is a text": b'{"step": "two"}\n',
+    "a line nested 100,000 deep": b"[" * 100_000,
+}.items():
+    KIND.used(f"a log of training that ends in {_name}", content("work/metrics.jsonl", _LINE + _end), _resume)
 
 # --- caches and variables
 KIND.used("a cache folder that is a file", beside(content("cache", "x")), with_variables(DATENCODER_CACHE="cache"))

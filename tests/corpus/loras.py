@@ -186,3 +186,34 @@ KIND.refused(
 )
 KIND.refused("None in Python", nothing(None))
 KIND.refused("bytes in Python", nothing(b"lora.safetensors"))
+
+
+def named(name: str, down: str = "lora_A.weight", up: str = "lora_B.weight") -> files.Maker:
+    """A file whose layer goes by this name."""
+    return tensors(FILE, {f"{name}.{down}": DOWN, f"{name}.{up}": UP})
+
+
+KIND.used(
+    "the names of PEFT", named(f"base_model.model.unet.{QUERY}", "lora_A.default.weight", "lora_B.default.weight")
+)
+KIND.used("the names of PEFT inside those of diffusers", named(f"unet.base_model.model.{QUERY}"))
+KIND.used(
+    "the names of kohya's text encoder",
+    named("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "lora_down.weight", "lora_up.weight"),
+)
+KIND.used(
+    "the names of ComfyUI's text encoder",
+    named("text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"),
+)
+KIND.refused("names in capitals", named(f"UNET.{QUERY}".upper()))
+KIND.refused(
+    "two adapters in one file",
+    tensors(
+        FILE,
+        {
+            f"unet.{QUERY}.lora_{part}.{name}.weight": value
+            for name in ("a", "b")
+            for part, value in (("A", DOWN), ("B", UP))
+        },
+    ),
+)
