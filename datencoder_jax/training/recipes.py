@@ -8,6 +8,7 @@ sections can be replaced as a whole, by JSON.
 import difflib
 import json
 import math
+import os
 import runpy
 import shlex
 import sys
@@ -63,7 +64,7 @@ def recipe_names() -> list[str]:
 
 
 def _run(path: Path, variant: str) -> ConfigDict:
-    if not path.is_file():
+    if not os.path.isfile(path):  # which no name makes raise, and an ending may have made it too long
         raise UserError(f"There is no recipe {path}; the package comes with {', '.join(recipe_names())}.")
     folder = str(path.parent.absolute())
     sys.path.append(folder)
