@@ -21,6 +21,7 @@ from datencoder_jax.errors import UserError
 CHECKPOINTS = "checkpoints"
 """The folder by which a training run's work folder is known: a `config.json` it has, as other folders of ours do."""
 _PREFIX = ".tmp-"
+_KEPT = 50  # letters of a name in that of its temporary sibling
 
 
 @contextmanager
@@ -44,7 +45,8 @@ def atomic_write(path: str | Path, *, replaces: str | None = None, flushed: bool
     path = expand_user(path, to_write=True)
     if not path.name:
         raise UserError(f"Cannot write {path}: it is a folder; name a file in it.")
-    temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name}")
+    # A name may be as long as names can be; the end of it leaves room for the rest, in letters of four bytes too.
+    temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name[-_KEPT:]}")
     try:
         check_destination(path, replaces)
         path.parent.mkdir(parents=True, exist_ok=True)
