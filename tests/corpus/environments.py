@@ -176,7 +176,14 @@ KIND.refused(
 )
 KIND.refused("files whose names have 300 letters", nothing(Path("out")), lambda p: write_files(p, {"n" * 300: {}}))
 KIND.refused("a picture that may not be read", files.picture("cat.png"), lambda p: _not_permitted(p))
-KIND.used("a folder that cannot be flushed", nothing("c"), lambda p: save_concept(p, concept()))
+KIND.used(
+    "a concept that is saved under a name of 255 letters", nothing("n" * 255), lambda p: save_concept(p, concept())
+)
+KIND.used(
+    "a concept that is saved under a name of 85 letters of Chinese",
+    nothing("猫" * 85),
+    lambda p: save_concept(p, concept()),
+)
 
 
 def _not_permitted(path: Path) -> None:

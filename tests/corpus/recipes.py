@@ -49,6 +49,7 @@ for _name, _make in {
     "a link to nothing": files.link("recipe.py", "gone.py"),
     "a link to itself": files.link("recipe.py", "recipe.py"),
     "a name of 300 letters": nothing("n" * 300),
+    "a name of 254 letters, too long with its ending": nothing("n" * 254),
     "a path of 5,000 letters": nothing("n/" * 2500 + "recipe.py"),
     "a name with a zero byte": nothing("a\0b.py"),
     "a name with an escape sequence": nothing("a\x1b[2Jb.py"),
