@@ -209,6 +209,8 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
     if "guidance" in found and not (type(found["guidance"]) in (int, float) and isfinite(found["guidance"])):
         raise TypeError(f"guidance cannot be {found['guidance']!r}")
     if "prompts" in found:
+        if odd := [prompt for prompt in found["prompts"] if not isinstance(prompt, str)]:
+            raise TypeError(f"a prompt cannot be {odd[0]!r}")
         check_prompts(found["prompts"], ["S*"])
         found["prompts"] = tuple(found["prompts"])
     return found
