@@ -23,6 +23,7 @@ from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.printable import is_printable
 from datencoder_jax.prior import PriorOptions, draw_prior
 from datencoder_jax.prompts import TEMPLATE
+from datencoder_jax.runtime.target import accept_deterministic, is_deterministic
 from datencoder_jax.tuning import TuningConfig
 from datencoder_jax.typing import AND, AnyArray, Concept, Condition, LearningRates, LowRank, Removed, Variables
 
@@ -47,7 +48,7 @@ class Personalized:
     Attributes:
         concept: what `generate` and `save_concept` take.
         report: `nearest_words` [(word, cosine)], `hard_word`, `losses` per step, `seconds` by stage, `steps`, `seed`,
-            `trained`, how many numbers are.
+            `deterministic`, and `trained`, how many numbers are.
     """
 
     concept: Concept
@@ -58,6 +59,7 @@ class Personalized:
         return f"Personalized({self.concept!r}, {self.report['method']}, {steps} steps, {seconds:.1f} s)"
 
 
+@accept_deterministic
 def personalize(
     pipeline: Pipeline,
     images: Any,
@@ -76,6 +78,7 @@ def personalize(
     initial: Variables | None = None,
     hard_word: str | None = None,
     options: Mapping[str, Any] | None = None,
+    deterministic: bool = False,
     quiet: bool = False,
 ) -> Personalized:
     """A concept from one or several pictures of it.
@@ -90,7 +93,8 @@ def personalize(
         rank: of low-rank weight offsets, 4 by default; an encoder has its own.
         prior: also preserve how the class is drawn, for methods that can.
         blend: weight of the soft path in [0, 1]; by default the one the encoder was trained with, or 1 without encoder.
-        seed: of every random draw; the same seed gives the same concept on the same machine.
+        seed: of every random draw; the same seed gives the same concept on the same machine, on a GPU with
+            `deterministic` alone.
         resolution: side in pixels that the pictures are brought to; by default the model's own.
         learning_rates: of `v*` and of the offsets, by default the method's; 0 leaves a part as it starts.
         config: batch of draws, views, crops, momentum; by default that of `tuning_config`.
@@ -98,6 +102,8 @@ def personalize(
         hard_word: the word of the hard path, by default the class word or, of an encoder's prediction, the one nearest
             to the last embedding of the start.
         options: of the method's own, such as `{"lock": "off"}` of perfusion; `Method.choices` has them.
+        deterministic: have a GPU compute the same bits in every run. It then adds in a fixed order, and does not choose
+            its kernels by timing them, which takes more time. Other devices compute as ever.
         quiet: print nothing.
 
     Raises:
@@ -238,6 +244,7 @@ def personalize(
         "method": method,
         "steps": str(steps),
         "seed": str(seed),
+        "deterministic": str(is_deterministic()),
         "pictures": str(len(images)),
         "resolution": str(pictures.shape[1]),
         "prediction_type": base.schedule.prediction_type,
@@ -260,6 +267,7 @@ def personalize(
     )
     report = {"nearest_words": nearest, "hard_word": hard_word, "losses": losses.tolist(), "steps": steps, "seed": seed}
     report |= {"method": method, "resolution": pictures.shape[1], "trained": trained}
+    report |= {"deterministic": is_deterministic()}
     return Personalized(concept, report | {"seconds": seconds})
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from datencoder_jax.runtime.target import current_target
+from datencoder_jax.runtime.target import current_target, is_deterministic
 
 
 def cache_folder() -> Path | None:
@@ -228,7 +228,7 @@ class Program:
         dynamic = {k: v for k, v in kwargs.items() if k not in self._static}
         leaves, structure = jax.tree.flatten((args, dynamic))
         types = tuple((jax.numpy.shape(x), jax.numpy.result_type(x)) for x in leaves)
-        return (structure, tuple(sorted(static.items())), types), dynamic
+        return (structure, tuple(sorted(static.items())), types, is_deterministic()), dynamic
 
     def trace(self, *args, **kwargs) -> jax.stages.Traced:
         """The program for these arguments, or for `jax.ShapeDtypeStruct`s in their place, before it is lowered."""

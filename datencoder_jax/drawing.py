@@ -24,6 +24,7 @@ from datencoder_jax.loading import load_concept_for
 from datencoder_jax.models.edits import follows_class
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prompts import check_prompts, placeholder
+from datencoder_jax.runtime.target import accept_deterministic, is_deterministic
 from datencoder_jax.typing import AnyArray, Concept, Variables
 
 
@@ -33,7 +34,7 @@ class Generated:
 
     Attributes:
         images: uint8 `[prompts, num, H, W, 3]`.
-        report: `seconds` by stage, `seed`, `guidance`, `blend`.
+        report: `seconds` by stage, `seed`, `deterministic`, `guidance`, `blend`.
     """
 
     images: np.ndarray
@@ -51,6 +52,7 @@ class Generated:
         return content.getvalue()
 
 
+@accept_deterministic
 def generate(
     pipeline: Pipeline,
     prompts: Sequence[str],
@@ -67,6 +69,7 @@ def generate(
     gate: tuple[float, float] | None = None,
     negative: str = "",
     batch_size: int | None = None,
+    deterministic: bool = False,
     quiet: bool = False,
 ) -> Generated:
     """Pictures for prompts.
@@ -77,7 +80,9 @@ def generate(
             `import_embedding` too.
         weights: of the concepts' weight offsets, 1 for each by default.
         num: pictures per prompt.
-        seed: the same seed gives the same pictures on the same machine, whatever else is asked for beside them.
+        seed: the same call with the same seed gives the same pictures on the same machine, on a GPU with
+            `deterministic` alone. Noise depends on nothing but the seed and a picture's number: with more pictures or
+            other prompts beside it a picture is the same up to rounding.
         resolution: side in pixels; by default the model's own.
         sampler: one of `diffusion.samplers.SAMPLERS`.
         sampling_steps: denoising steps.
@@ -88,6 +93,8 @@ def generate(
             prompt, a lower one more to the concept.
         negative: what the pictures should not show; it may contain placeholders too. It has no effect without guidance.
         batch_size: pictures sampled at a time, by default what the memory allows.
+        deterministic: have a GPU compute the same bits in every run. It then does not choose its kernels by timing
+            them, which takes more time. Other devices compute as ever.
 
     Raises:
         UserError: a bad prompt or option, concepts of another base model, two with one placeholder, or a picture that
@@ -170,7 +177,13 @@ def generate(
     images = np.concatenate(pictures)
     return Generated(
         images.reshape(len(prompts), num, *images.shape[1:]),
-        {"seconds": seconds, "seed": seed, "guidance": guidance, "blend": blend},
+        {
+            "seconds": seconds,
+            "seed": seed,
+            "deterministic": is_deterministic(),
+            "guidance": guidance,
+            "blend": blend,
+        },
     )
 
 

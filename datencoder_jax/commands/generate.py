@@ -91,6 +91,7 @@ def _generate(args: Namespace, started: float) -> None:
         weights=weights or None,
         negative=args.negative,
         **given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance", "blend", "gate"),
+        **given(args, "deterministic"),
     )
     names = [file for file, _ in files + embeddings]
     told = [

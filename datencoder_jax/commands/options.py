@@ -319,7 +319,14 @@ def _add_prompts(add: Callable, note: str, *, required: bool = False) -> None:
 
 def _add_drawing(add: Callable, blend: str) -> None:
     add("--num", type=integer(1), default=4, help="pictures per prompt (default: %(default)s)")
-    add("--seed", type=integer(0, _MAX_SEED), default=0, help="the same seed gives the same pictures (default: 0)")
+    add(
+        "--seed",
+        type=integer(0, _MAX_SEED),
+        default=0,
+        help="the same command with the same seed gives the same pictures on the same machine, on a GPU with "
+        "--deterministic alone (default: 0)",
+    )
+    _add_deterministic(add)
     add("--resolution", type=integer(8), metavar="PIXELS", help="side of the pictures (default: the model's own)")
     add("--sampler", choices=_SAMPLERS, default=_SAMPLERS[0], help=f"{', '.join(_SAMPLERS)} (default: %(default)s)")
     add("--sampling-steps", type=integer(1), default=25, metavar="N", help="(default: %(default)s)")
@@ -333,6 +340,16 @@ def _add_drawing(add: Callable, blend: str) -> None:
     add("--blend", type=number(0, 1), metavar="A", help=blend)
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go; made if missing")
     _add_overwrite(add)
+
+
+def _add_deterministic(add: Callable) -> None:
+    add(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="have a GPU compute the same bits in every run; it is slower, since it adds in a fixed order and does not "
+        "choose its kernels by timing them (no effect on other devices)",
+    )
 
 
 def _add_overwrite(add: Callable) -> None:
@@ -357,6 +374,7 @@ def _add_pretrain(commands: Any) -> None:
         metavar="DIR",
         help="at its end, or at once where it is complete, write the encoder for `personalize --encoder`",
     )
+    _add_deterministic(add)
     _add_processes(add)
 
 

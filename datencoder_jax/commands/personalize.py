@@ -115,14 +115,14 @@ def _personalize(
     pipeline = load(args, args.model)
     prompts = args.prompts or [prompt.replace("S*", " and a ".join(tokens)) for prompt in pipeline.prompts]
     _check_folder(args, images, tokens, kinds, prompts)
-    options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution")
+    options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution", "deterministic")
     if args.prior is not None:
         options["prior"] = api.PriorOptions(args.prior_pictures or api.PriorOptions.pictures, args.prior)
     if own:
         options["options"] = own
     if args.learning_rates is not None:
         options["learning_rates"] = LearningRates(*args.learning_rates)
-    drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance")
+    drawing = given(args, "num", "seed", "resolution", "sampler", "sampling_steps", "guidance", "deterministic")
 
     room = 0
 

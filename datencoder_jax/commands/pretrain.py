@@ -13,6 +13,7 @@ from datencoder_jax.commands.output_folder import check_replaceable, lock_folder
 from datencoder_jax.commands.shared import device_name, say
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
+from datencoder_jax.runtime.target import deterministic_operations
 from datencoder_jax.training import distributed
 from datencoder_jax.training.recipes import load_recipe
 
@@ -31,7 +32,8 @@ def run(args: Namespace) -> None:
         raise UserError("Name the folder for checkpoints and metrics with --workdir.")
     if args.export_encoder is not None and config.stage not in ENCODER_STAGES:
         raise UserError(f"--export-encoder takes a recipe of an encoder; {args.config} is one of stage {config.stage}.")
-    with distributed.joined(args.coordinator, args.processes, args.process):
+    processes = distributed.joined(args.coordinator, args.processes, args.process)
+    with processes, deterministic_operations(bool(args.deterministic)):
         _train(args, config)
 
 

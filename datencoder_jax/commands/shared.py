@@ -150,6 +150,7 @@ def common_report(
         "prompts": list(prompts),
         "num": args.num,
         "seed": args.seed,
+        "deterministic": bool(args.deterministic),
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),
         "device": device,

@@ -10,19 +10,36 @@ setting, so a function that was traced for one target is traced again for anothe
 
 Programs that share a batch over a mesh are traced in `sharing_batch(mesh)`: kernels that XLA cannot partition then run
 on each device's own rows.
+
+Programs that are compiled in `deterministic_operations()` compute the same bits in every run on one kind of GPU.
 """
 
 import functools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
 AMPERE = (8, 0)
 """The compute capability of the first NVIDIA GPUs with bfloat16 units."""
+
+DETERMINISTIC_GPU_OPTIONS: dict[str, str | bool] = {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+}
+"""XLA's options for programs that compute the same bits in every run on a GPU.
+
+Both exclude operations whose sums depend on the order in which threads arrive (scatters and the gradient of cuDNN's
+attention are among them), and kernels are no longer chosen by timing them, which chooses others from one compilation to
+the next. As a flag the first sets the second; as an option of one program it does not.
+"""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,11 @@ class Target:
         return _target_of(device)
 
     @property
+    def is_gpu(self) -> bool:
+        """Whether this is a GPU, of NVIDIA or AMD."""
+        return self.platform in ("cuda", "rocm")
+
+    @property
     def is_ampere_or_newer(self) -> bool:
         """Whether this is an NVIDIA GPU with bfloat16 units, which cuDNN's fused attention needs too."""
         return self.compute_capability is not None and self.compute_capability >= AMPERE
@@ -65,9 +87,13 @@ class Target:
 
         On CPUs XLA orders operations for concurrency by default, which computes early what `jax.checkpoint` puts off,
         and keeps it: a small UNet's gradient took 77 MB that way, with and without `remat`, and takes 12 MB with both.
+
+        For GPUs those of `deterministic_operations` are among them within it.
         """
         if self.platform == "cpu":
             return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        if self.is_gpu and is_deterministic():
+            return dict(DETERMINISTIC_GPU_OPTIONS)
         return {}
 
 
@@ -109,6 +135,7 @@ def gpu_memory_fraction() -> float:
 
 _target_context = jax.make_user_context(None)
 _mesh_context = jax.make_user_context(None)
+_determinism_context = jax.make_user_context(False)
 
 
 def lowering_for(target: Target) -> Any:
@@ -129,6 +156,36 @@ def sharing_batch(mesh: Mesh | None) -> Any:
 def batch_mesh() -> Mesh | None:
     """The mesh of `sharing_batch`; None outside of it, where a batch is on one device."""
     return _mesh_context.value
+
+
+def deterministic_operations(enabled: bool = True) -> Any:
+    """A context manager in which programs for GPUs are compiled from operations that give the same bits in every run.
+
+    Programs for other devices are compiled as ever. On a GPU such programs are slower. Within an outer context that is
+    enabled, an inner one is enabled too.
+    """
+    return _determinism_context(enabled or is_deterministic())
+
+
+def is_deterministic() -> bool:
+    """Whether programs are being compiled in `deterministic_operations`."""
+    return _determinism_context.value
+
+
+def determinism_options() -> dict[str, str | bool]:
+    """XLA's options that `deterministic_operations` adds for the current target; none outside of it."""
+    return dict(DETERMINISTIC_GPU_OPTIONS) if is_deterministic() and current_target().is_gpu else {}
+
+
+def accept_deterministic(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Has a function run in `deterministic_operations` where its keyword argument `deterministic` is true."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with deterministic_operations(bool(kwargs.get("deterministic", False))):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _default_device() -> Any:

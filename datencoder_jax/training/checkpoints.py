@@ -31,6 +31,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from datencoder_jax.checkpoints.atomic import CHECKPOINTS
 from datencoder_jax.errors import PassingError, UserError, is_passing
+from datencoder_jax.runtime.target import is_deterministic
 
 SCHEMA = 1
 FREE = (
@@ -48,7 +49,8 @@ def describe(config: Any, identity: Mapping[str, str]) -> dict[str, Any]:
     """What a checkpoint says of its run; JSON."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     recipe = json.loads(json.dumps(config.to_dict(), default=str))
-    return {"schema": SCHEMA, "config": recipe, "identity": dict(identity), "versions": versions}
+    about = {"schema": SCHEMA, "config": recipe, "identity": dict(identity), "versions": versions}
+    return about | {"deterministic": is_deterministic()}
 
 
 def check_alike(run: Mapping[str, Any]) -> None:

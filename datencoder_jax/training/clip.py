@@ -20,6 +20,7 @@ from datencoder_jax.models.clip_text import TOKEN_TABLE, CLIPTextConfig, CLIPTex
 from datencoder_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from datencoder_jax.models.module import Model, init_params
 from datencoder_jax.runtime.precision import exact_products
+from datencoder_jax.runtime.target import determinism_options
 from datencoder_jax.training.source import Source
 
 _TEXT, _VISION, _SCALE = "text_encoder/", "image_encoder/", "logit_scale"
@@ -82,7 +83,8 @@ class CLIPTask:
         self.text, self.vision, self.source, self.held_out = text, vision, source, held_out
         self.batch_size = batch_size
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        self._embedder = jax.jit(self._embed)  # here, since a method that is jitted anew is compiled anew
+        # Here, since a method that is jitted anew is compiled anew.
+        self._embedder = jax.jit(self._embed, compiler_options=determinism_options())
 
     def init(self, key: jax.Array):
         text_key, vision_key = jax.random.split(key)

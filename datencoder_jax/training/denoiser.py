@@ -32,6 +32,7 @@ from datencoder_jax.diffusion.schedule import (
 from datencoder_jax.models.module import Model, init_params
 from datencoder_jax.models.unet import UNet2DConditionModel, UNetConfig
 from datencoder_jax.objectives.denoising import denoising_loss
+from datencoder_jax.runtime.target import determinism_options
 from datencoder_jax.training.source import Source
 
 _STARTS_AT_ZERO = re.compile(r"(conv2|proj_out|conv_out)\.weight$")
@@ -75,7 +76,8 @@ class DenoiserTask:
         self.preview_ids, self.batch_size, self.gamma, self.dropout = preview_ids, batch_size, gamma, dropout
         self.frozen = Frozen(text, vae, jnp.asarray(empty))
         self.identity = {"text": weights_fingerprint(text.params), "vae": weights_fingerprint(vae.params)}
-        self._sampler = jax.jit(self._sample)  # here, since a method that is jitted anew is compiled anew
+        # Here, since a method that is jitted anew is compiled anew.
+        self._sampler = jax.jit(self._sample, compiler_options=determinism_options())
 
     def init(self, key: jax.Array):
         params = init_params(UNet2DConditionModel, self.config, key)

@@ -9,7 +9,8 @@ and the key `k_s = fold_in(seed, s)`,
 
 where a step whose `l` or `|g|` is not finite changes nothing but the count of skipped steps. All of it is a function of
 the recipe and `s`, so that rerunning into the same work folder goes on exactly where the last checkpoint was made,
-whatever the number of devices and processes.
+whatever the number of devices and processes. How sums round depends on that number and, on a GPU, also on the run,
+unless it is in `runtime.target.deterministic_operations`.
 """
 
 import os
