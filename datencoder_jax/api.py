@@ -48,7 +48,8 @@ class Personalized:
     Attributes:
         concept: what `generate` and `save_concept` take.
         report: `nearest_words` [(word, cosine)], `hard_word`, `losses` per step, `seconds` by stage, `steps`, `seed`,
-            `deterministic`, and `trained`, how many numbers are.
+            `deterministic`, `trained`, how many numbers are, and `picture_groups`: lists of the numbers, from 0 on, of
+            pictures that the encoder takes for the same thing, None where it cannot tell.
     """
 
     concept: Concept
@@ -152,8 +153,8 @@ def personalize(
     predict_key, view_key, tune_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), PERSONALIZE), 3)
     base, seconds = pipeline.base, {}
 
-    class_tokens = 1
-    with Clock(seconds, "predict", datencoder.predict, *datencoder.IN_PARTS, *perfusion.PROGRAMS):
+    class_tokens, picture_groups = 1, None
+    with Clock(seconds, "predict", datencoder.predict_and_compare, *datencoder.IN_PARTS, *perfusion.PROGRAMS):
         variables = initial
         if variables is None:
             setup = _setup(pipeline, method, pictures, word, rank or _RANK, predict_key, quiet)
@@ -166,6 +167,7 @@ def personalize(
                 )
             variables = chosen.start(setup)
             jax.block_until_ready(variables)
+            picture_groups = _picture_groups(pipeline, setup)
     if not tuning.finite(variables):
         raise UserError(
             "what tuning starts from is not finite (NaN or infinity); load the model with --dtype bf16 or f32"
@@ -267,7 +269,7 @@ def personalize(
     )
     report = {"nearest_words": nearest, "hard_word": hard_word, "losses": losses.tolist(), "steps": steps, "seed": seed}
     report |= {"method": method, "resolution": pictures.shape[1], "trained": trained}
-    report |= {"deterministic": is_deterministic()}
+    report |= {"deterministic": is_deterministic(), "picture_groups": picture_groups}
     return Personalized(concept, report | {"seconds": seconds})
 
 
@@ -282,6 +284,13 @@ def tuning_config(pipeline: Pipeline, method: Method, pictures: int, steps: int)
         draws=memory.draws, views=views, momentum=momentum, remat=memory.remat, scan_layers=memory.scan_layers
     )
     return config if method.norm_weight is None else replace(config, norm_weight=method.norm_weight)
+
+
+def _picture_groups(pipeline: Pipeline, setup: Setup) -> list[list[int]] | None:
+    """Which pictures the encoder takes for the same thing; None where none was asked, or nobody knows from when on."""
+    cosines = (setup.notes or {}).get("picture_cosines")
+    least = None if pipeline.encoder is None else pipeline.encoder.config.same_cosine
+    return None if cosines is None or least is None else datencoder.group_alike(np.asarray(cosines), least)
 
 
 def _setup(
@@ -299,7 +308,7 @@ def _setup(
             raise UserError(f"{text!r} means nothing to this model; name what the picture shows with --word")
     elif chosen.encoder is not None and getattr(pipeline, chosen.encoder) is None:
         raise UserError(_no_encoder(pipeline, method, chosen.encoder))
-    return Setup(pipeline, pictures, ids, key, rank, quiet, class_tokens=class_tokens)
+    return Setup(pipeline, pictures, ids, key, rank, quiet, class_tokens=class_tokens, notes={})
 
 
 def _learning_rates(rates: Any) -> LearningRates:

@@ -434,11 +434,11 @@ def test_a_concept_and_its_pictures_share_no_noise(pipeline):
 
     def spy(base, encoder, images, ids, key, **_):
         seen.append(key)
-        return fresh(pipeline)
+        return datencoder.Prediction(fresh(pipeline), jnp.ones((2, 2)))
 
     spy.seconds = 0.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datencoder, "predict", spy)
+        patch.setattr(datencoder, "predict_and_compare", spy)
         personalize(pipeline, steps=0, seed=3)
     first = jax.random.normal(seen[0], (SIDE // 2, SIDE // 2, 4))
     assert not np.array_equal(first, drawing.initial_noise(pipeline, 1, 1, seed=3)[0])

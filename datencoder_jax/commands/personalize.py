@@ -135,6 +135,8 @@ def _personalize(
     with compiling_ahead(pipeline, run_without_weights) as seconds:
         with reserve_room(args.out, room):
             tuned = api.personalize(pipeline, images, **options)
+        if args.model != TOYWORLD or all(map(_coarse, images)):  # of photographs the embedded encoder cannot tell
+            _warn_of_different_things(args.images, tuned.report.get("picture_groups"))
         concept = _with_digest(tuned.concept, images)
         words = [{"word": str(word), "cosine": float(cosine)} for word, cosine in tuned.report["nearest_words"]]
         if words:
@@ -174,6 +176,18 @@ def _personalize(
         )
         write_files(args.out, {"report.json": report | {"exported": sorted(files)}})
         say(f"exported {', '.join(sorted(files))}")
+
+
+def _warn_of_different_things(files: Sequence[Any], groups: list[list[int]] | None) -> None:
+    """Warns where the encoder takes the pictures in `files` for more than one thing; `groups` as `api` reports them."""
+    if groups is None or len(groups) < 2:
+        return
+    things = "; ".join(" and ".join(str(files[index]) for index in group) for group in groups)
+    warnings.warn(
+        f"the encoder takes the pictures for {len(groups)} different things ({things}), which the concept will mix; "
+        "give pictures of one thing, in one style",
+        stacklevel=2,
+    )
 
 
 def _input_names(images: Sequence[np.ndarray]) -> list[str]:

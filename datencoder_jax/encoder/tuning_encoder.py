@@ -50,6 +50,8 @@ class EncoderConfig(ConfigMixin):
         sees: what of equation (1) it reads beside the timestep; an inventory that is empty means no hypernetwork.
         gains: of the offsets of cross-attention's values and of those of self-attention, in a concept that is not tuned
             (`methods.datencoder`).
+        same_cosine: the cosine of predictions for two pictures from which on they count as pictures of the same thing
+            (`methods.datencoder`); None for an encoder of which nobody has measured it.
     """
 
     vision_width: int
@@ -68,6 +70,7 @@ class EncoderConfig(ConfigMixin):
     anchor_dim: int = 0
     sees: tuple[str, ...] = FEATURES
     gains: tuple[float, float] = (1.0, 1.0)
+    same_cosine: float | None = None
 
     def __post_init__(self):
         if not self.sees or not set(self.sees) <= set(FEATURES):
@@ -76,6 +79,8 @@ class EncoderConfig(ConfigMixin):
         object.__setattr__(self, "gains", tuple(float(gain) for gain in self.gains))
         if not all(0.0 <= gain < math.inf for gain in self.gains):
             raise ValueError(f"gains are {self.gains}, and can be numbers of 0 or more")
+        if self.same_cosine is not None and not -1.0 <= self.same_cosine <= 1.0:
+            raise ValueError(f"same_cosine is {self.same_cosine}, and a cosine is between -1 and 1")
         # JSON has no tuples, and a configuration has to be hashable.
         rows = tuple((str(path), int(inputs), int(outputs)) for path, inputs, outputs in self.inventory)
         object.__setattr__(self, "inventory", rows)

@@ -9,18 +9,24 @@ Tuning goes on from x. In a concept that is not tuned, each offset has a gain (o
 
     A_l B_l <- g_l A_l B_l,    g_l the encoder's own for values of cross-attention and for self-attention, else 1   (2)
 
-`predict` is one program. `predict_in_parts` runs the same functions as four, each with the networks it needs alone.
+`predict_and_compare` is one program. `predict_in_parts` runs the same functions as four, each with the networks it needs
+alone.
 
 Factors are averaged, not their products: the decoders are shared, so the factors of one projection live in one basis.
 Gains above 1 draw a likeness that a dozen steps reach otherwise, and stand in the way of those steps: tuned from there,
 prompts are lost sooner. The encoder's configuration has them, chosen on development individuals.
+
+Predictions for single pictures also tell whether the encoder takes them for the same thing (ours):
+
+    c_ik = <v*_i, v*_k> / (|v*_i| |v*_k|),    v*_i = mean_j v*(I_i, z_ij, t_j)                  (3)
 """
 
 import functools
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from datencoder_jax.base import Base
 from datencoder_jax.compilation import Program
@@ -34,6 +40,18 @@ from datencoder_jax.typing import Condition, Features, LearningRates, LowRank, V
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 """The `t_j` of equation (1), as shares of the schedule."""
+
+
+class Prediction(NamedTuple):
+    """What the encoder predicts for the pictures of one concept.
+
+    Attributes:
+        variables: equation (1).
+        cosines: equation (3), float32 `[pictures, pictures]`.
+    """
+
+    variables: Variables
+    cosines: jax.Array
 
 
 def levels(timesteps: int) -> jax.Array:
@@ -116,8 +134,9 @@ def _mean(
     latents: jax.Array,
     empty: Condition,
     key: jax.Array,
-) -> Variables:
-    """Equation (1), with one clean latent per picture, for a few pictures at a time: memory must not grow with them."""
+) -> Prediction:
+    """Equations (1) and (3), with one clean latent per picture, for a few pictures at a time, so that memory does not
+    grow with them."""
     timesteps = levels(base.schedule.num_train_timesteps)
     noise = jax.random.normal(key, (len(latents) * len(timesteps), *latents.shape[1:]))
 
@@ -132,10 +151,40 @@ def _mean(
     height, width = (side * base.vae.config.factor for side in latents.shape[1:3])
     pictures = (states, latents, noise.reshape(len(latents), len(timesteps), *latents.shape[1:]))
     means = map_in_batches(predict_means, pictures, pictures_at_once(height, width))
-    return jax.tree.map(lambda x: x.mean(axis=0), means)
+    return Prediction(jax.tree.map(lambda x: x.mean(axis=0), means), _cosines(means.embeddings))
+
+
+def _cosines(embeddings: jax.Array) -> jax.Array:
+    """Equation (3) of `[pictures, n, d]`; sums of products rather than a matrix product, which devices round."""
+    rows = embeddings.reshape(len(embeddings), -1).astype(jnp.float32)
+    rows /= jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return (rows[:, None] * rows[None]).sum(axis=-1)
+
+
+def group_alike(cosines: np.ndarray, least: float) -> list[list[int]]:
+    """Rows in groups: two with a cosine of at least `least` are in one, and so are all that such pairs connect.
+
+    Args:
+        cosines: `[n, n]`, symmetric.
+
+    Returns:
+        The groups' rows in rising order, the group of row 0 first.
+    """
+    groups: list[list[int]] = []
+    for row in range(len(cosines)):
+        alike = [group for group in groups if any(cosines[row][other] >= least for other in group)]
+        groups = [group for group in groups if group not in alike]
+        groups.append(sorted([row, *(other for group in alike for other in group)]))
+    return sorted(groups)
 
 
 def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array) -> Variables:
+    return _predict_and_compare(base, encoder, images, empty_ids, key).variables
+
+
+def _predict_and_compare(
+    base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array
+) -> Prediction:
     return _mean(
         base,
         encoder,
@@ -146,8 +195,16 @@ def _predict(base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array
     )
 
 
-predict = Program("prediction", _predict)
-"""`predict(base, encoder, images [k, H, W, 3] in [-1, 1], empty_ids [1, L], key) -> Variables`: equation (1)."""
+predict_and_compare = Program("prediction", _predict_and_compare)
+"""`predict_and_compare(base, encoder, images [k, H, W, 3] in [-1, 1], empty_ids [1, L], key) -> Prediction`."""
+
+
+def predict(
+    base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array, *, quiet: bool = False
+) -> Variables:
+    """Equation (1) for pictures `[k, H, W, 3]` in [-1, 1], with token ids of the empty prompt `[1, L]`."""
+    return predict_and_compare(base, encoder, images, empty_ids, key, quiet=quiet).variables
+
 
 IN_PARTS = (
     Program("image features", _see_in_batches, static_argnames=("patch_taps",)),
@@ -160,8 +217,8 @@ IN_PARTS = (
 
 def predict_in_parts(
     base: Base, encoder: Model, images: jax.Array, empty_ids: jax.Array, key: jax.Array, *, quiet: bool = False
-) -> Variables:
-    """What `predict` returns, as four programs."""
+) -> Prediction:
+    """What `predict_and_compare` returns, as four programs."""
     look_at, encode, read, mean = IN_PARTS
     states = look_at(base.only("vision"), images, patch_taps=encoder.config.patch_taps, quiet=quiet)
     latents = encode(base.only("vae"), images, quiet=quiet)
@@ -188,8 +245,10 @@ def start(setup: Setup) -> Variables:
     pipeline = setup.pipeline
     assert pipeline.encoder is not None
     empty = jnp.asarray(pipeline.tokenizer.encode([""]))
-    run = predict_in_parts if pipeline.memory.in_parts else predict
-    predicted = run(pipeline.base, pipeline.encoder, setup.pictures, empty, setup.key, quiet=setup.quiet)
+    run = predict_in_parts if pipeline.memory.in_parts else predict_and_compare
+    predicted, cosines = run(pipeline.base, pipeline.encoder, setup.pictures, empty, setup.key, quiet=setup.quiet)
+    if setup.notes is not None:
+        setup.notes["picture_cosines"] = cosines
     if predicted.offsets:
         return predicted if setup.tuned else _amplified(predicted, pipeline.encoder.config.gains)
     return predicted._replace(offsets=zero_offsets(pipeline.base, pipeline.encoder.config.rank, setup.key))

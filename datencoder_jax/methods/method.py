@@ -37,6 +37,7 @@ class Setup(NamedTuple):
         tuned: whether steps of tuning follow.
         prior: whether how the class is drawn is preserved.
         token: the placeholder, or several with blanks between.
+        notes: where a start leaves arrays for the report, by name; None where nobody reads them.
     """
 
     pipeline: Pipeline
@@ -49,6 +50,7 @@ class Setup(NamedTuple):
     class_tokens: int = 1
     prior: bool = False
     token: str = TOKEN
+    notes: dict[str, Any] | None = None
 
 
 def by_part(variables: Variables, rates: LearningRates, class_tokens: int = 1) -> Variables:
