@@ -1,7 +1,8 @@
 """Prompts to pictures, with concepts or without: `generate`."""
 
 import io
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -21,6 +22,7 @@ from datencoder_jax.diffusion.guidance import guidance_scale
 from datencoder_jax.diffusion.samplers import make_plan
 from datencoder_jax.errors import UserError
 from datencoder_jax.loading import load_concept_for
+from datencoder_jax.methods.method import TOKEN
 from datencoder_jax.models.edits import follows_class
 from datencoder_jax.pipeline import Pipeline
 from datencoder_jax.prompts import check_prompts, placeholder
@@ -117,6 +119,8 @@ def generate(
                 f"the placeholder {' or '.join(map(repr, own))} is in none of the prompts; write it where the concept "
                 "belongs"
             )
+    if not quiet:
+        _warn_of_unknown_words(pipeline, (*prompts, negative), (*tokens, TOKEN))
     if num < 1:
         raise UserError(f"the number of pictures must be 1 or more, not {num}")
     batch_size = pipeline.memory.batch if batch_size is None else batch_size
@@ -185,6 +189,19 @@ def generate(
             "blend": blend,
         },
     )
+
+
+def _warn_of_unknown_words(pipeline: Pipeline, texts: Iterable[str], placeholders: Collection[str]) -> None:
+    """Warns of words in texts that mean nothing to the model, as most words mean nothing to the embedded one."""
+    if pipeline.known_tokens is None:
+        return
+    words = pipeline.tokenizer.unknown_words(texts, pipeline.known_tokens, placeholders)
+    if words:
+        warnings.warn(
+            f"{pipeline.name} was trained without some words of the prompts ({', '.join(words)}), so they mean nothing "
+            "to it; datencoder info --words lists those that the embedded model knows",
+            stacklevel=4,
+        )
 
 
 def next_power_of_two(count: int) -> int:

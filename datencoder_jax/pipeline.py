@@ -56,6 +56,8 @@ class Pipeline:
         loras: the changes that LoRAs of other programs have made to its weights, summed, by the layers' names in
             `checkpoints.lora_names`.
         source: the files whose weights were rounded when they were read; None where they were not.
+        known_tokens: bool `[vocabulary]`, which tokens mean something to the model, their embeddings being other than
+            zero; None where all do.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Pipeline:
     timings: dict[str, float] = field(default_factory=dict)
     loras: Mapping[str, LowRank] = field(default_factory=dict)
     source: Path | None = None
+    known_tokens: np.ndarray | None = None
 
     def __repr__(self) -> str:
         encoders = [name for name in ("encoder", "domain") if getattr(self, name) is not None]
@@ -156,7 +159,16 @@ def read_pipeline(
     words = jnp.asarray(tokenizer.whole_words & known)
     base = replace(base, words=words, word_norm=mean_norm(base.table, words))
     source = None if dtype == "float32" else expand_user(path)
-    return Pipeline(name, parts.fingerprint, base, tokenizer, parts.vision_fingerprint, source=source, **defaults)
+    return Pipeline(
+        name,
+        parts.fingerprint,
+        base,
+        tokenizer,
+        parts.vision_fingerprint,
+        source=source,
+        known_tokens=None if known.all() else known,
+        **defaults,
+    )
 
 
 def with_vision(

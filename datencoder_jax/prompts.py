@@ -164,6 +164,26 @@ class PromptTokenizer:
             raise UserError(f"{word!r} is not a single token of this model's vocabulary; choose a common word")
         return ids[0]
 
+    def words_of(self, known_tokens: np.ndarray) -> list[str]:
+        """The alphabetic words that are one token of `known_tokens` (bool `[vocab_size]`), in alphabetical order."""
+        texts = (text for text, index in self._tokenizer.get_vocab().items() if known_tokens[index])
+        return sorted(text.removesuffix("</w>") for text in texts if text.endswith("</w>") and text[:-4].isalpha())
+
+    def unknown_words(
+        self, texts: Iterable[str], known_tokens: np.ndarray, placeholders: Collection[str] = ()
+    ) -> list[str]:
+        """The words and numbers in texts that hold a token other than `known_tokens`, each once, in their order.
+
+        Args:
+            texts: prompts.
+            known_tokens: bool `[vocab_size]`.
+            placeholders: are no such words.
+        """
+        if placeholders:
+            texts = [_any(placeholders).sub(" ", text) for text in texts]
+        words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+(?:['’]\w+)*", text))
+        return [word for word in words if not known_tokens[self._ids(word)].all()]
+
     @functools.cached_property
     def whole_words(self) -> np.ndarray:
         """Which token ids are whole alphabetic words of three letters or more: bool `[vocab_size]`.

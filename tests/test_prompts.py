@@ -1,5 +1,6 @@
 """Prompts to token ids: the placeholder, the hard prompt, what is cut, and which words may be a concept's neighbour."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 import datencoder_jax
+from datencoder_jax.cli import main
+from datencoder_jax.drawing import generate
 from datencoder_jax.errors import UserError
 from datencoder_jax.prompts import PromptTokenizer, check_prompts, placeholder, put_words
 from datencoder_jax.toyworld.tokenizer import END, MAX_LENGTH, START, build, write_tokenizer
@@ -222,3 +225,55 @@ def test_the_exported_pipeline_has_the_same_placeholders():
 def test_good_prompts_pass():
     check_prompts(["a photo of S*", "S*'s house", "T* at home"], ["S*", "T*"])
     check_prompts(["a robot"])
+
+
+KNOWN = ("a", "red", "robot", "on", "the", "beach")
+
+
+@pytest.fixture
+def known():
+    mask = np.zeros(len(VOCABULARY), bool)
+    mask[[VOCABULARY[f"{word}</w>"] for word in KNOWN]] = True
+    return mask
+
+
+def test_words_that_mean_nothing_are_found(tokenizer, known):
+    def unknown(*texts, placeholders=()):
+        return tokenizer.unknown_words(texts, known, placeholders)
+
+    assert unknown("a unicorn on mars", "a Unicorn, a unicorn") == ["unicorn", "mars", "Unicorn"]
+    assert unknown("A red robot, on the beach!", "") == []
+    assert unknown("2 robots", "the robot's cat") == ["2", "robots", "robot's", "cat"]
+    assert unknown("a S* on the <moon>", placeholders=("S*", "<moon>")) == []
+    assert unknown("一只猫") == ["一只猫"]
+    assert tokenizer.words_of(known) == sorted(KNOWN)
+
+
+@pytest.mark.filterwarnings("always:.*was trained without some words:UserWarning")
+def test_drawing_warns_of_them(pipeline, known, recwarn):
+    mask = np.zeros(pipeline.tokenizer.vocab_size, bool)
+    mask[[pipeline.tokenizer.word_id(word) for word in KNOWN]] = True
+    chosen = dataclasses.replace(pipeline, known_tokens=mask)
+
+    def draw(pipeline, prompt, **options):
+        with pytest.raises(UserError, match="number of pictures"):
+            generate(pipeline, [prompt], num=0, **options)
+        return [str(warning.message) for warning in recwarn.list]
+
+    assert draw(pipeline, "a unicorn on mars") == []
+    assert draw(chosen, "a red robot") == draw(chosen, "a unicorn", quiet=True) == draw(chosen, "a S*") == []
+    (sentence,) = draw(chosen, "a unicorn on mars", negative="a cat")
+    assert "(unicorn, mars, cat)" in sentence and sentence.startswith(pipeline.name)
+
+
+@pytest.mark.filterwarnings("always:.*was trained without some words:UserWarning")
+def test_the_embedded_models_words_are_listed(capsys, tmp_path):
+    assert main(["info", "--words"]) == 0
+    words = capsys.readouterr().out.split()
+    assert {"robot", "watercolor", "watercolour", "snow", "a"} <= set(words) and "cat" not in words and len(words) == 54
+    argv = ["--num", "1", "--sampling-steps", "1", "--out", str(tmp_path / "o")]
+    assert main(["generate", "--prompt", "a unicorn on mars", *argv]) == 0
+    assert "warning: toyworld was trained without some words of the prompts (unicorn, mars)" in capsys.readouterr().err
+    assert main(["generate", "--prompt", " ".join(words[:25]), *argv]) == 0
+    assert "without some words" not in capsys.readouterr().err
+    assert main(["info", "--words", "x.safetensors"]) == 2

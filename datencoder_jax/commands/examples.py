@@ -148,5 +148,6 @@ Its exit status is 1 if a comparison or a part fails; the other parts are run al
   datencoder toyworld --instance 1100005 --style sketch --accessory hat --out sketch.png""",
     "info": """\
   datencoder info
-  datencoder info out/robot/concept.safetensors""",
+  datencoder info out/robot/concept.safetensors
+  datencoder info --words""",
 }

@@ -11,15 +11,31 @@ import numpy as np
 
 from datencoder_jax.checkpoints.hub import TOYWORLD, resolve_base
 from datencoder_jax.commands.shared import PACKAGES, count_things, device_name, read_concept, say
+from datencoder_jax.errors import UserError
 from datencoder_jax.typing import Dense, LowRank
 
 
 def run(args: Namespace) -> None:
     """Prints it."""
+    if args.words:
+        if args.file is not None:
+            raise UserError(f"--words lists the words of the embedded model; leave {args.file} out.")
+        for word in _words():
+            say(word)
+        return
     rows = _machine() if args.file is None else _describe(args.file)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"{name:<{width}}  {value}")
+
+
+def _words() -> list[str]:
+    """The words that the embedded model was trained with."""
+    from datencoder_jax import api
+
+    pipeline = api.load(TOYWORLD)
+    assert pipeline.known_tokens is not None
+    return pipeline.tokenizer.words_of(pipeline.known_tokens)
 
 
 def _machine() -> list[tuple[str, str]]:

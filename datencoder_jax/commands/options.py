@@ -505,3 +505,4 @@ def _add_toyworld(commands: Any) -> None:
 def _add_info(commands: Any) -> None:
     add = _add_command(commands, "info", "say versions, devices and cache folders, or what a concept file holds")
     add("file", nargs="?", metavar="FILE", help="a concept.safetensors")
+    add("--words", action="store_true", help="list the words that the embedded model knows, one a line, and no more")

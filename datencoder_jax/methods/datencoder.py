@@ -9,8 +9,8 @@ Tuning goes on from x. In a concept that is not tuned, each offset has a gain (o
 
     A_l B_l <- g_l A_l B_l,    g_l the encoder's own for values of cross-attention and for self-attention, else 1   (2)
 
-`predict_and_compare` is one program. `predict_in_parts` runs the same functions as four, each with the networks it needs
-alone.
+`predict_and_compare` is one program. `predict_in_parts` runs the same functions as four, each with the networks that it
+needs alone.
 
 Factors are averaged, not their products: the decoders are shared, so the factors of one projection live in one basis.
 Gains above 1 draw a likeness that a dozen steps reach otherwise, and stand in the way of those steps: tuned from there,
