@@ -14,6 +14,7 @@ from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.output_folder import check_replaceable, lock_folder, read_report
 from datencoder_jax.commands.shared import (
     announce_device,
+    check_scale,
     check_texts,
     check_unicode,
     common_report,
@@ -77,6 +78,7 @@ def _generate(args: Namespace, started: float) -> None:
         pipeline = load_base_of(args, files[0][0], concepts[0])
     else:
         pipeline = load(args, args.model or TOYWORLD)
+    check_scale(args, pipeline)
     if args.negative and (pipeline.guidance if args.guidance is None else args.guidance) <= 1:
         warnings.warn("--negative has no effect: at or below 1 --guidance is none", stacklevel=1)
     for file, weight in loras:
@@ -106,7 +108,7 @@ def _generate(args: Namespace, started: float) -> None:
     # Input pictures and exported files of an earlier run stay: they belong to the concept beside them.
     kept = {"input_pictures": listed_pictures(args.out, "input_pictures"), "exported": listed_exports(args.out)}
     report |= {key: sorted(names) for key, names in kept.items() if names}
-    write_run(args.out, report, {}, args.prompts, made.images, listed_pictures(args.out, "pictures"))
+    write_run(args.out, report, {}, args.prompts, made.images, listed_pictures(args.out, "pictures"), args.scale)
 
 
 def _with_weight(values: Sequence[str], option: str) -> tuple[str, float]:

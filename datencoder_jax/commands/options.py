@@ -328,6 +328,13 @@ def _add_drawing(add: Callable, blend: str) -> None:
     )
     _add_deterministic(add)
     add("--resolution", type=integer(8), metavar="PIXELS", help="side of the pictures (default: the model's own)")
+    add(
+        "--scale",
+        type=integer(1, 64),
+        default=1,
+        metavar="N",
+        help="write pictures enlarged so many times, every pixel as a square (default: %(default)s)",
+    )
     add("--sampler", choices=_SAMPLERS, default=_SAMPLERS[0], help=f"{', '.join(_SAMPLERS)} (default: %(default)s)")
     add("--sampling-steps", type=integer(1), default=25, metavar="N", help="(default: %(default)s)")
     add(

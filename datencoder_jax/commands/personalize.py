@@ -24,6 +24,7 @@ from datencoder_jax.commands.output_folder import CONCEPT, check_replaceable, lo
 from datencoder_jax.commands.shared import (
     ONLY_TOYS,
     announce_device,
+    check_scale,
     check_texts,
     check_unicode,
     common_report,
@@ -113,6 +114,7 @@ def _personalize(
     from datencoder_jax.compile_ahead import compiling_ahead
 
     pipeline = load(args, args.model)
+    check_scale(args, pipeline)
     prompts = args.prompts or [prompt.replace("S*", " and a ".join(tokens)) for prompt in pipeline.prompts]
     _check_folder(args, images, tokens, kinds, prompts)
     options = given(args, "method", "steps", "token", "word", "rank", "blend", "seed", "resolution", "deterministic")
@@ -160,7 +162,7 @@ def _personalize(
         "losses": tuned.report["losses"],
         "exported": [],
     } | common_report(args, pipeline, prompts, stages, device, started)
-    sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, set())
+    sheet = write_run(args.out, report, dict(zip(names, inputs, strict=True)), prompts, made.images, set(), args.scale)
     if kinds is not None:
         scores = _scores(pipeline, concept, inputs, prompts, made.images, drawing) if "card" in kinds else None
         files = export_concept(

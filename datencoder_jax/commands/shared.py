@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from datencoder_jax.commands.output_folder import REPORT, read_json_object
+from datencoder_jax.data.reading import enlarge
 from datencoder_jax.data.sheets import labelled_sheet
 from datencoder_jax.data.writing import picture_name, write_files
 from datencoder_jax.errors import UserError
@@ -32,6 +33,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
 """Those whose versions are told."""
 
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+
+LARGEST_SIDE = 8192
+"""Pixels along a side of the largest picture that is written enlarged."""
 
 
 ONLY_TOYS = (
@@ -135,6 +140,13 @@ def announce_device() -> str:
     return name
 
 
+def check_scale(args: Namespace, pipeline: Pipeline) -> None:
+    """Raises `UserError` where `--scale` would make pictures too large to write."""
+    side = (args.resolution or pipeline.resolution) * args.scale
+    if side > LARGEST_SIDE:
+        raise UserError(f"A picture of {side} pixels a side is too large; lower --scale or --resolution.")
+
+
 def common_report(
     args: Namespace, pipeline: Pipeline, prompts: Sequence[str], reports: list[dict], device: str, started: float
 ) -> dict[str, Any]:
@@ -151,6 +163,7 @@ def common_report(
         "num": args.num,
         "seed": args.seed,
         "deterministic": bool(args.deterministic),
+        "scale": args.scale,
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),
         "device": device,
@@ -207,18 +220,22 @@ def write_run(
     prompts: Sequence[str],
     images: np.ndarray,
     earlier: set[str],
+    scale: int = 1,
 ) -> Image.Image:
     """Writes a run's files, then removes those of the `earlier` run's that are none of its own.
+
+    The files of single pictures, `inputs` too, are enlarged `scale` times without smoothing.
 
     Returns:
         The sheet of samples.
     """
     pictures = {
-        picture_name(row, prompt, column): image
+        picture_name(row, prompt, column): enlarge(image, scale)
         for row, prompt in enumerate(prompts)
         for column, image in enumerate(images[row])
     }
     sheet = labelled_sheet(list(inputs.values()), prompts, images)
+    inputs = {name: enlarge(image, scale) for name, image in inputs.items()}
     report |= {"pictures": list(pictures)}
     # The report gets its name last: where it is, everything is.
     write_files(out, {"report.json": report} | inputs | pictures | {"samples.png": sheet})

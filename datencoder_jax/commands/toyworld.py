@@ -9,7 +9,8 @@ from PIL.PngImagePlugin import PngInfo
 from datencoder_jax.checkpoints.atomic import write_all
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.output_folder import check_replaceable
-from datencoder_jax.commands.shared import say
+from datencoder_jax.commands.shared import LARGEST_SIDE, say
+from datencoder_jax.data.reading import enlarge
 from datencoder_jax.errors import UserError
 from datencoder_jax.toyworld.captions import prompt_for
 from datencoder_jax.toyworld.render import render
@@ -26,7 +27,7 @@ def run(args: Namespace) -> None:
         raise UserError(f"{args.out} must end in .png: the picture is written as PNG.")
     if args.size % 2:
         raise UserError(f"--size must be even, and {args.size} is not.")
-    if args.size * args.scale > 8192:
+    if args.size * args.scale > LARGEST_SIDE:
         raise UserError(f"A picture of {args.size * args.scale} pixels a side is too large; lower --size or --scale.")
     if args.instance is not None:
         instance = Instance.from_id(args.instance)
@@ -43,7 +44,7 @@ def run(args: Namespace) -> None:
     picture = render(instance, context, args.seed, args.size)
     folder, name = args.out.parent, args.out.name
     check_replaceable(folder, "toyworld", [name], lambda _: _is_own(args.out), overwrite=args.overwrite)
-    image = Image.fromarray(picture.repeat(args.scale, 0).repeat(args.scale, 1))
+    image = Image.fromarray(enlarge(picture, args.scale))
     write_all(folder, {name: lambda path: image.save(path, format="PNG", pnginfo=_mark())})
     pattern = (
         instance.main if instance.pattern == "plain" else f"{instance.main} with {instance.second} {instance.pattern}"
