@@ -11,15 +11,18 @@ from absent_gpu import allow_cudnn, with_fused_attention
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import SIDE, in_half_precision
 
+from datencoder_jax.data.images import grid
+from datencoder_jax.data.reading import enlarge
 from datencoder_jax.encoder.reading import read_again
 from datencoder_jax.models import batches
 from datencoder_jax.models.batches import map_in_batches
 from datencoder_jax.models.vae import AutoencoderKL
 from datencoder_jax.runtime.target import Target, lowering_for, sharing_batch
 from datencoder_jax.training import mesh as on_mesh
+from datencoder_jax.training import previews
 from datencoder_jax.training.e4t import E4TFrozen, E4TTask, E4TWeights
 from datencoder_jax.training.mesh import make_mesh
-from datencoder_jax.training.previews import PreviewDrawer, Previews
+from datencoder_jax.training.previews import PreviewDrawer, Previews, write_previews
 from datencoder_jax.training.tuning_encoder import Frozen, TuningEncoderTask, Weights, latent_shape, latents_of
 from datencoder_jax.typing import Reader
 
@@ -153,3 +156,37 @@ def test_a_training_step_encodes_a_few_images_of_every_device_at_a_time(pipeline
         of_eight = jax.jit(lambda base, samples: latents_of(base, samples))(pipeline.base, samples)
     assert max(seen[: len(seen) // 2]) == 2 and max(seen) == 16
     np.testing.assert_allclose(few, of_eight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grids_columns_are_labelled():
+    images = np.random.default_rng(0).integers(0, 200, (6, 4, 4, 3), np.uint8)
+    plain = np.asarray(grid(images, 4, scale=24))
+    labelled = np.asarray(grid(images, 4, scale=24, labels=("input", "truth")))
+    header = len(labelled) - len(plain)
+    assert header > 0 and labelled.shape[1] == plain.shape[1] == 4 * (96 + 2) + 2
+    assert (labelled[header:] == plain).all()  # the pictures are as they were
+    assert (plain[2:98, 2:98] == enlarge(images[0], 24)).all() and (plain[100:, 200:] == 255).all()
+    inks = [labelled[:header, 2 + 98 * column : 98 * (column + 1)] for column in range(4)]
+    assert all((ink < 128).any() for ink in inks)
+    assert (inks[0] == inks[2]).all() and (inks[1] == inks[3]).all() and not (inks[0] == inks[1]).all()
+
+
+def test_long_labels_do_not_reach_the_next_column():
+    images = np.zeros((2, 48, 48, 3), np.uint8)
+    both, first = (
+        np.asarray(grid(images, 2, labels=labels)) for labels in (("word alone", " "), ("word alone", "   "))
+    )
+    assert (both[: len(both) - 52, 50:] == 255).all() and both.shape == first.shape
+
+
+def test_the_columns_of_previews_are_named(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(previews, "write_grid", lambda *given, **options: written.append((given, options)))
+    given, word, encoded, truth = (np.full((COUNT, SIDE, SIDE, 3), value, np.uint8) for value in (10, 20, 30, 40))
+    shown = Previews(given, np.zeros((COUNT, 77), np.int32), truth)
+    scores = write_previews(shown, {"vanilla": word, "encoder": encoded}, tmp_path / "preview.png")
+    ((_, images), options) = written[0]
+    assert len(images) == 4 * COUNT and options["labels"] == ("input", "word alone", "encoder", "truth")
+    assert options["columns"] % len(options["labels"]) == 0
+    assert images[:4, 0, 0, 0].tolist() == [10, 20, 30, 40]
+    assert scores["vanilla"] == pytest.approx(4 * scores["encoder"], rel=1e-4)

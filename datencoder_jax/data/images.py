@@ -1,10 +1,13 @@
 """Arrays of pictures: conversion between uint8 and [-1, 1], and grids."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+from datencoder_jax.data.reading import enlarge
 
 
 def to_float(images) -> jnp.ndarray:
@@ -17,18 +20,40 @@ def to_uint8(images) -> np.ndarray:
     return np.asarray(jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8))
 
 
-def grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 2) -> Image.Image:
-    """uint8 pictures `[n, h, w, 3]` row by row on white, enlarged by an integer `scale` without smoothing."""
+def grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 2, labels: Sequence[str] = ()) -> Image.Image:
+    """uint8 pictures `[n, h, w, 3]` row by row on white, enlarged by an integer `scale` without smoothing.
+
+    Args:
+        images: the pictures.
+        columns: how many are in a row.
+        scale: how many times they are enlarged.
+        gap: pixels between them and around them.
+        labels: texts above the columns, which begin again after the last.
+    """
     count, height, width, _ = images.shape
     rows = -(-count // columns)
-    sheet = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 255, np.uint8)
+    letters = _fitting_size(labels, width * scale)
+    top, font = round(1.5 * letters) if labels else 0, ImageFont.load_default(size=letters)
+    size = columns * (width * scale + gap) + gap, top + rows * (height * scale + gap) + gap
+    sheet = Image.new("RGB", size, "white")
     for index, image in enumerate(images):
-        top = gap + index // columns * (height * scale + gap)
-        left = gap + index % columns * (width * scale + gap)
-        sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
-    return Image.fromarray(sheet)
+        row, column = divmod(index, columns)
+        left = gap + column * (width * scale + gap)
+        sheet.paste(Image.fromarray(enlarge(image, scale)), (left, top + gap + row * (height * scale + gap)))
+        if row == 0 and labels:
+            ImageDraw.Draw(sheet).text((left, gap), labels[column % len(labels)], "black", font)
+    return sheet
 
 
-def write_grid(path: Path, images: np.ndarray, columns: int, *, scale: int = 1) -> None:
+def _fitting_size(labels: Sequence[str], width: int) -> int:
+    """The largest size of letters, of 8 to 20 pixels, at which every label fits into so many; 8 if none does."""
+    for size in range(20, 8, -1):
+        font = ImageFont.load_default(size=size)
+        if all(font.getlength(text) <= width for text in labels):
+            return size
+    return 8
+
+
+def write_grid(path: Path, images: np.ndarray, columns: int, *, scale: int = 1, labels: Sequence[str] = ()) -> None:
     """Writes `grid(...)` as a PNG."""
-    grid(images, columns, scale=scale).save(path)
+    grid(images, columns, scale=scale, labels=labels).save(path)

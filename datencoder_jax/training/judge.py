@@ -152,7 +152,8 @@ class JudgeTask:
         embedding = read(judge, self.held_out.images).embedding.reshape(count, views, -1)
         nearest = (embedding[:, 0] @ embedding[:, 1].T).argmax(axis=1)
         pairs = np.stack([self.held_out.images[:, 0], self.held_out.images[nearest, 1]], axis=1)
-        write_grid(path, pairs[:32].reshape(-1, *pairs.shape[2:]), columns=16, scale=3)
+        labels = ("picture", "nearest")
+        write_grid(path, pairs[:32].reshape(-1, *pairs.shape[2:]), columns=16, scale=3, labels=labels)
         scores = accuracies(judge, self.held_out)
         return {name: row["all"] for name, row in scores.items()} | separation(judge, self.held_out)
 

@@ -17,6 +17,9 @@ from datencoder_jax.runtime.target import Target, lowering_for, sharing_batch
 from datencoder_jax.training import mesh as on_mesh
 from datencoder_jax.typing import Params
 
+LABELS = ("input", "word alone", "encoder", "truth")
+"""The columns of a preview: the picture given, the base model under a word, what the encoder draws, the truth."""
+
 
 class Previews(NamedTuple):
     """Concepts that samples are drawn of while training.
@@ -94,7 +97,7 @@ def fill_up(rows: np.ndarray, multiple: int) -> np.ndarray:
 def write_previews(previews: Previews, drawn: dict[str, np.ndarray], path: Path) -> dict[str, float]:
     """Writes rows of input, what was drawn and truth, and returns each drawing's squared error to the truth."""
     rows = np.stack([previews.images, *drawn.values(), previews.truth], axis=1)
-    height = previews.images.shape[1]
-    write_grid(path, rows.reshape(-1, *previews.images.shape[1:]), columns=16, scale=max(1, 96 // height))
+    scale = max(1, 96 // previews.images.shape[1])
+    write_grid(path, rows.reshape(-1, *previews.images.shape[1:]), columns=16, scale=scale, labels=LABELS)
     truth = to_float(previews.truth)
     return {name: float(np.square(to_float(images) - truth).mean()) for name, images in drawn.items()}

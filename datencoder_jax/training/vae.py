@@ -60,7 +60,7 @@ class VAETask:
         images = to_float(self.held_out.images[:256])
         output = _reconstruct(Model(AutoencoderKL, self.config, params), images)
         pairs = to_uint8(jnp.stack([images[:32], output[:32]], axis=1).reshape(-1, *images.shape[1:]))
-        write_grid(path, pairs, columns=16, scale=3)
+        write_grid(path, pairs, columns=16, scale=3, labels=("input", "decoded"))
         return {"psnr": float(psnr(images, output).mean())}
 
 
