@@ -1,6 +1,7 @@
 """Compiling visibly and once: a line before, what was done and its seconds after, and a cache on disk."""
 
 import functools
+import logging
 import os
 import sys
 import threading
@@ -32,22 +33,89 @@ def cache_folder() -> Path | None:
 
 @functools.cache
 def enable_cache() -> None:
-    """Turns on JAX's persistent compilation cache, unless the user has set one up or the folder cannot be written."""
+    """Turns on JAX's persistent compilation cache, in the folder that the user has set up for JAX, or else in ours.
+
+    Where the folder cannot be used it warns, once, and there is no cache.
+    """
     with suppress(ImportError, AttributeError):  # no public part of JAX, which works without
         _replace_damaged_entries()
-    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        _stop_after_failed_write()
+    if chosen := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        if "://" not in chosen and not _can_keep_programs(Path(chosen)):
+            jax.config.update("jax_compilation_cache_dir", None)
         return
     if (cache := cache_folder()) is None:
+        logging.warning("there is no home to keep compiled programs in; name a folder for them with DATENCODER_CACHE")
         return
     folder = cache / "compiled"
+    if _can_keep_programs(folder):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def is_cached() -> bool:
+    """Whether programs that are compiled are kept for later runs."""
+    enable_cache()
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    return bool(folder) and folder not in _unwritable
+
+
+def _can_keep_programs(folder: Path) -> bool:
+    """Whether a folder is there, or can be made, and can be written; warns where not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(folder, os.W_OK):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    except (FileExistsError, NotADirectoryError):
+        reason = "it is not a folder"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    else:
+        if os.access(folder, os.W_OK | os.X_OK):
+            return True
+        reason = "permission denied"
+    _warn_of_folder(folder, reason)
+    return False
+
+
+def _warn_of_folder(folder: Path, reason: str) -> None:
+    cache = cache_folder()
+    is_ours = cache is not None and folder == cache / "compiled"
+    variable = "DATENCODER_CACHE" if is_ours else "JAX_COMPILATION_CACHE_DIR"
+    logging.warning(
+        "compiled programs cannot be kept in %s (%s), so every run compiles them anew; name another folder with %s",
+        folder,
+        reason,
+        variable,
+    )
+
+
+_unwritable: set[str] = set()
+"""Folders of JAX's cache in which an entry could not be written."""
+
+
+@functools.cache
+def _stop_after_failed_write() -> None:
+    """Has JAX write no further entry into a folder where one could not be written, such as on a full disk.
+
+    JAX itself warns of every program, in words of its own, and leaves the part of an entry that it has written.
+    """
+    from jax._src import compilation_cache, compiler
+
+    write = compilation_cache.put_executable_and_time
+
+    def write_or_stop(cache_key: str, *args: Any, **kwargs: Any) -> None:
+        folder = str(jax.config.jax_compilation_cache_dir)  # pyright: ignore[reportAttributeAccessIssue]
+        if folder in _unwritable:
+            return
+        try:
+            write(cache_key, *args, **kwargs)
+        except OSError as error:
+            if compiler._should_raise_persistent_cache_error(error):
+                raise
+            _remove_entry(cache_key)
+            _unwritable.add(folder)
+            _warn_of_folder(Path(folder), (error.strerror or str(error)).lower())
+
+    compilation_cache.put_executable_and_time = write_or_stop
 
 
 @functools.cache
@@ -175,8 +243,11 @@ def announce(doing: str, prepare: Callable[[], Compilation], quiet: bool = False
         print(file=sys.stderr, flush=True)
         raise
     seconds = time.perf_counter() - start
-    how = "loaded from the cache" if found.from_cache else "compiled"
-    print(f"{how} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    if found.from_cache:
+        print(f"loaded from the cache in {seconds:.1f} s", file=sys.stderr, flush=True)
+    else:
+        kept = ", cached for later runs" if is_cached() else ""
+        print(f"compiled in {seconds:.1f} s{kept}", file=sys.stderr, flush=True)
     return found.program
 
 

@@ -1,5 +1,6 @@
 """Programs: compiled once per kind of arguments, visibly, into a folder of the user's choice."""
 
+import errno
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_says_so_unless_it_is_to_be_quiet(program, capsys):
     program(jnp.ones(4))
     out, err = capsys.readouterr()
     assert out == "" and err.count("preparing scaling") == 1
-    assert re.search(r"preparing scaling \.\.\. (compiled|loaded from the cache) in \d+\.\d s\n$", err)
+    assert re.search(
+        r"preparing scaling \.\.\. (compiled|loaded from the cache) in \d+\.\d s(, cached for later runs)?\n$", err
+    )
 
 
 def test_a_failure_to_compile_starts_a_new_line(capsys):
@@ -196,3 +199,72 @@ def test_an_entry_that_was_cut_short_is_replaced_once(tmp_path, no_cache_yet):
             assert compiled() == again
     finally:
         compilation_cache.reset_cache()
+
+
+SENTENCE = "so every run compiles them anew; name another folder with {}"
+
+
+def unusable(kind, tmp_path, monkeypatch):
+    """A cache folder that cannot be used, and the reason that is told."""
+    cache = tmp_path / "cache"
+    if kind == "file":
+        cache.touch()
+        return cache, "it is not a folder"
+    if kind == "inner file":
+        cache.mkdir()
+        (cache / "compiled").touch()
+        return cache, "it is not a folder"
+    monkeypatch.setattr(compilation.os, "access", lambda path, mode: False)
+    return cache, "permission denied"
+
+
+@pytest.mark.parametrize("kind", ["file", "inner file", "permission"])
+def test_a_folder_that_cannot_be_used_is_told_once(kind, monkeypatch, tmp_path, no_cache_yet, caplog, capsys, program):
+    cache, reason = unusable(kind, tmp_path, monkeypatch)
+    monkeypatch.setenv("DATENCODER_CACHE", str(cache))
+    assert float(program(jnp.float32(3))) == float(program(jnp.ones(()))) * 3 == 3
+    (record,) = caplog.records
+    expected = f"compiled programs cannot be kept in {cache / 'compiled'} ({reason}), "
+    assert record.getMessage() == expected + SENTENCE.format("DATENCODER_CACHE")
+    assert jax.config.jax_compilation_cache_dir is None and "cached for later runs" not in capsys.readouterr().err
+
+
+def test_jaxs_own_folder_that_cannot_be_used_is_told(tmp_path, no_cache_yet, caplog):
+    (tmp_path / "file").touch()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "theirs"))
+    enable_cache()
+    assert SENTENCE.format("JAX_COMPILATION_CACHE_DIR") in caplog.text and str(tmp_path / "file") in caplog.text
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_without_a_home_it_is_told(homeless, no_cache_yet, caplog):
+    enable_cache()
+    assert "name a folder for them with DATENCODER_CACHE" in caplog.text
+
+
+def test_a_full_disk_is_told_once_and_leaves_no_part_of_an_entry(tmp_path, no_cache_yet, monkeypatch, caplog, capsys):
+    from jax._src import lru_cache
+    from jax.experimental.compilation_cache import compilation_cache
+
+    monkeypatch.setenv("DATENCODER_CACHE", str(tmp_path))
+    enable_cache()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    tries = []
+
+    def fill_disk(self, key, value):
+        tries.append(key)
+        (tmp_path / "compiled" / f"{key}-cache").write_bytes(value[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lru_cache.LRUCache, "put", fill_disk)
+    program = Program("doubling", lambda x: 2 * x)
+    try:
+        assert program(np.ones(5, np.float32)).tolist() == [2] * 5
+        assert program(np.ones(7, np.float32)).tolist() == [2] * 7
+    finally:
+        compilation_cache.reset_cache()
+    assert len(tries) == 1 and list((tmp_path / "compiled").glob("*-cache")) == []
+    (record,) = caplog.records
+    assert f"{tmp_path / 'compiled'} (no space left on device)" in record.getMessage()
+    assert "cached for later runs" not in capsys.readouterr().err
