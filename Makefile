@@ -55,7 +55,7 @@ format: $(TEST)  ## format the code and fix what can be fixed without thought
 	$(BIN)/ruff format
 
 clean:  ## remove build products and caches, and set up afresh next time; out/ and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache $(CORE) $(TEST) $(ACCELERATORS)
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache $(CORE) $(TEST) $(ACCELERATORS)
 	find . -name '$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # pip is the last thing `venv` puts in place: without it an attempt was cut short and is made again.

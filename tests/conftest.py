@@ -24,6 +24,7 @@ for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from datencoder_jax.compilation import Program  # noqa: E402
 
@@ -35,6 +36,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling is most of what the tests do: their programs are kept, apart from the user's.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# The tests of properties draw the same examples in every run, and many more with `--hypothesis-profile thorough`. No
+# example has a deadline: the machine may be busy.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.register_profile(
+    "thorough", deadline=None, database=None, max_examples=2_000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
