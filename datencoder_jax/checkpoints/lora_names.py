@@ -53,7 +53,7 @@ _SPELLINGS = [
     (re.compile(r"_self_attn_to_(q|k|v|out)$"), r"_self_attn_\1_proj"),
 ]
 _LEVEL = re.compile(r"down_blocks\.\d+\.(?:attentions|resnets)\.(\d+)\.")
-_NUMBER = re.compile(r"(?<=\d)_|_(?=\d)")
+_NUMBER = re.compile(r"(?<=[0-9])_|_(?=[0-9])")
 
 
 def split(layer: str) -> tuple[str, str]:

@@ -28,9 +28,11 @@ _OUTSIDE = {
     "out.2": "conv_out",
     "middle_block.1": "mid_block.attentions.0",
 }
-_BLOCK = re.compile(r"^(input_blocks|output_blocks)\.(\d{1,4})\.(\d{1,4})\.(.+)$")
+_NUMBER = "(0|[1-9][0-9]{0,3})"
+"""The number of a block, as programs write it; other digits, zeros before it or thousands of digits are other names."""
+_BLOCK = re.compile(rf"^(input_blocks|output_blocks)\.{_NUMBER}\.([012])\.(.+)$")
 _MIDDLE = re.compile(r"^middle_block\.(0|2)\.(.+)$")
-_DOWNSAMPLER = re.compile(r"^input_blocks\.(\d{1,4})\.0\.op\.")
+_DOWNSAMPLER = re.compile(r"^input_blocks\.([1-9][0-9]{0,3})\.0\.op\.")
 
 _VAE_RULES = [
     (re.compile(rf"^(encoder|decoder)\.{before}"), rf"\1.{after}")
@@ -39,15 +41,15 @@ _VAE_RULES = [
         (r"mid\.block_2\.", "mid_block.resnets.1."),
         (r"mid\.attn_1\.", "mid_block.attentions.0."),
         (r"norm_out\.", "conv_norm_out."),
-        (r"down\.(\d+)\.block\.(\d+)\.", r"down_blocks.\2.resnets.\3."),
-        (r"down\.(\d+)\.downsample\.", r"down_blocks.\2.downsamplers.0."),
-        (r"up\.(\d+)\.block\.(\d+)\.", r"up_blocks.\2.resnets.\3."),
-        (r"up\.(\d+)\.upsample\.", r"up_blocks.\2.upsamplers.0."),
+        (rf"down\.{_NUMBER}\.block\.{_NUMBER}\.", r"down_blocks.\2.resnets.\3."),
+        (rf"down\.{_NUMBER}\.downsample\.", r"down_blocks.\2.downsamplers.0."),
+        (rf"up\.{_NUMBER}\.block\.{_NUMBER}\.", r"up_blocks.\2.resnets.\3."),
+        (rf"up\.{_NUMBER}\.upsample\.", r"up_blocks.\2.upsamplers.0."),
     )
 ]
-_UP = re.compile(r"^decoder\.up\.(\d{1,4})\.")
-_UP_LEVEL = re.compile(r"^decoder\.up_blocks\.(\d{1,4})\.")
-_LAYER = re.compile(r"^text_model\.encoder\.layers\.(\d{1,4})\.")
+_UP = re.compile(rf"^decoder\.up\.{_NUMBER}\.")
+_UP_LEVEL = re.compile(rf"^decoder\.up_blocks\.{_NUMBER}\.")
+_LAYER = re.compile(rf"^text_model\.encoder\.layers\.{_NUMBER}\.")
 _PROJECTION = "text_projection.weight"
 _DEPTHS = {768: 12, 1024: 24, 1280: 32}
 """Layers of text towers by width: those of CLIP's ViT-L/14 and of OpenCLIP's ViT-H/14 and ViT-bigG/14."""
@@ -66,16 +68,17 @@ def unet_names(keys: Collection[str]) -> Callable[[str], str]:
             return f"mid_block.resnets.{int(match[1]) // 2}.{_resnet(match[2])}"
         if not (match := _BLOCK.match(key)):
             return key
-        side, place, layer, rest = match[1], int(match[2]), int(match[3]), match[4]
-        path = "down_blocks" if side == "input_blocks" else "up_blocks"
-        level, index = divmod(place - 1 if side == "input_blocks" else place, entries)
-        if rest.startswith("op."):
+        is_down, place, layer, rest = match[1] == "input_blocks", int(match[2]), int(match[3]), match[4]
+        path = "down_blocks" if is_down else "up_blocks"
+        level, index = divmod(place - 1 if is_down else place, entries)
+        is_last = index == entries - 1
+        if rest.startswith("op.") and is_down and is_last and layer == 0:
             return f"{path}.{level}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-        if rest.startswith("conv."):
+        if rest.startswith("conv.") and not is_down and is_last and layer:
             return f"{path}.{level}.upsamplers.0.{rest}"
         if layer == 0:
             return f"{path}.{level}.resnets.{index}.{_resnet(rest)}"
-        return f"{path}.{level}.attentions.{index}.{rest}"
+        return f"{path}.{level}.attentions.{index}.{rest}" if layer == 1 else key
 
     return rename
 
