@@ -83,7 +83,7 @@ class PromptTokenizer:
             words: put these words in the placeholders' places instead (the hard prompt).
 
         Raises:
-            UserError: a prompt is so long that a placeholder is not left in it once in full.
+            UserError: a prompt is so long that a placeholder is not left in it once in full, or it is no text.
         """
         if words:
             prompts = [put_words(prompt, words) for prompt in prompts]
@@ -119,8 +119,7 @@ class PromptTokenizer:
         return ids + [self._tokenizer.pad_token_id] * (self.length - len(ids))
 
     def _ids(self, text: str) -> list[int]:
-        if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # halves of surrogate pairs
-            raise UserError(f"the text {text!r} is not valid Unicode")
+        _check_encodable(text)
         # Not verbose: it is warned of what is too long above, and without words such as "indexing errors".
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -146,7 +145,7 @@ class PromptTokenizer:
         """The ids of a text's tokens, of which there is at least one that the vocabulary knows.
 
         Raises:
-            UserError: the text is empty, or the vocabulary has none of it.
+            UserError: the text is empty, the vocabulary has none of it, or it is no text.
         """
         ids = [i for i in self._ids(text) if i != self._tokenizer.unk_token_id]
         if not ids:
@@ -228,7 +227,7 @@ def _any(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def check_prompts(prompts: Sequence[str], tokens: Collection[str] = ()) -> None:
-    """Raises `UserError` for an empty prompt and, when there are placeholders, for a prompt without any of them."""
+    """Raises `UserError` for a prompt that is empty or no text, or has none of the placeholders where there are any."""
     if isinstance(prompts, str):
         raise UserError(f"prompts must be a list of texts, such as [{prompts!r}]")
     if not prompts:
@@ -238,8 +237,17 @@ def check_prompts(prompts: Sequence[str], tokens: Collection[str] = ()) -> None:
             raise UserError(f"a prompt must be a text, not {type(prompt).__name__}")
         if not prompt.strip():
             raise UserError("a prompt is empty; say what the picture should show")
+        _check_encodable(prompt)
         if tokens and not _any(tokens).search(prompt):
             wanted = " or ".join(repr(token) for token in tokens)
             raise UserError(
                 f"the prompt {prompt!r} does not contain the placeholder {wanted}; write it where the concept belongs"
             )
+
+
+def _check_encodable(text: str) -> None:
+    """Raises `UserError` for halves of surrogate pairs: Python's stand-ins for bytes of a command line in no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text!r} holds characters that are no text; write it in UTF-8") from error
