@@ -7,8 +7,8 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,9 @@ def _to_array(picture: Any) -> Any:
     if not isinstance(picture, Image.Image):
         return picture
     name = getattr(picture, "filename", "") or "the picture"
-    try:
+    with _quiet, _refusing_damage(name):  # Pillow decodes a picture that it opened only now
         _check_size(name, picture)
-        return np.array(_rgb(name, _upright(picture.copy())))  # the pixels of an opened file are read only now
-    except UserError:
-        raise
-    except Exception as error:  # as of files
-        raise DamagedPicture(f"{name} cannot be read ({_reason(error)}); open it again.", "damaged") from error
+        return np.array(_rgb(name, _upright(picture, in_place=False)))
 
 
 def decode(content: bytes, name: str, *, least: int = 0) -> Image.Image:
@@ -225,28 +221,33 @@ def _decode(
     file: Path | io.BytesIO, name: str, *, least: int = 0, count_frames: bool = False
 ) -> tuple[Image.Image, int]:
     """The picture, and of how many it is the first, if that is asked for."""
-    with _quiet:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                _check_size(name, image)
-                frames = getattr(image, "n_frames", 1) if count_frames and image.format != "MPO" else 1
-                if least:
-                    image.draft(None, (max(least, MIN_SIDE), max(least, MIN_SIDE)))
-                image.load()  # only now do some formats know their size
-                _check_size(name, image)
-                return _rgb(name, _upright(image)), frames  # an MPO is one photograph with its preview
-        except Image.DecompressionBombError as error:
-            raise _too_large(name) from error
-        except UnidentifiedImageError as error:
-            raise DamagedPicture(
-                f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF).",
-                "no picture",
-            ) from error
-        except DamagedPicture:
-            raise
-        except Exception as error:  # decoders of damaged files fail in every way there is
-            message = f"{name} is damaged or cut short and cannot be read ({_reason(error)})."
-            raise DamagedPicture(message, "damaged") from error
+    with _quiet, _refusing_damage(name), Image.open(file, formats=FORMATS) as image:
+        _check_size(name, image)
+        frames = getattr(image, "n_frames", 1) if count_frames and image.format != "MPO" else 1
+        if least:
+            image.draft(None, (max(least, MIN_SIDE), max(least, MIN_SIDE)))
+        image.load()  # only now do some formats know their size
+        _check_size(name, image)
+        return _rgb(name, _upright(image, in_place=True)), frames  # an MPO is one photograph with its preview
+
+
+@contextmanager
+def _refusing_damage(name: str) -> Iterator[None]:
+    """Whatever goes wrong in the block with a picture is a `DamagedPicture` that names it."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
+    except UnidentifiedImageError as error:
+        raise DamagedPicture(
+            f"{name} is not a picture in a format that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF).",
+            "no picture",
+        ) from error
+    except DamagedPicture:
+        raise
+    except Exception as error:  # decoders of damaged files fail in every way there is
+        message = f"{name} is damaged or cut short and cannot be read ({_reason(error)})."
+        raise DamagedPicture(message, "damaged") from error
 
 
 def _check_size(name: str, image: Image.Image) -> None:
@@ -266,15 +267,19 @@ def _too_large(name: str) -> DamagedPicture:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, *, in_place: bool) -> Image.Image:
+    """The picture, turned as its EXIF data says, or a copy that is: a plain copy lacks EXIF data set in Python."""
+    image.load()
     with suppress(Exception):  # damaged EXIF data is no reason to refuse a picture
-        ImageOps.exif_transpose(image, in_place=True)
+        return ImageOps.exif_transpose(image, in_place=in_place) or image
     return image
 
 
 def _rgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _deep(name, image)
+    if image.mode == "La":  # Pillow converts grey of premultiplied transparency to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
