@@ -112,6 +112,9 @@ class Shards:
         except (ValueError, RecursionError):
             self.damaged_captions.add(index)  # adding to a set is atomic
             text = None if size & JSON else content.decode("utf-8", "replace")
+        if isinstance(text, str) and (encodable := text.encode("utf-8", "replace").decode("utf-8")) != text:
+            self.damaged_captions.add(index)  # JSON can hold halves of surrogate pairs, which are no text
+            text = encodable
         return text.strip() or None if isinstance(text, str) else None
 
 

@@ -159,7 +159,8 @@ def _archive(tar: tarfile.TarFile, start: int, end: int, report: Counter[str]) -
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - or it keeps them all
         if member is None:
             break
-        if member.size < 0 or not position < member.offset < tar.offset or member.offset_data + member.size > end:
+        is_inside = 0 <= member.size <= end - member.offset_data
+        if not position < member.offset < tar.offset or not is_inside:
             report["tar cut short"] += 1  # or it claims sizes that lead back or beyond its end
             return
         position = member.offset
