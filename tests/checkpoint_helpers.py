@@ -1,5 +1,7 @@
 """What the tests of weights, of base models and of concept files share."""
 
+import json
+import struct
 from pathlib import Path
 
 import jax
@@ -74,3 +76,25 @@ def random_model(kind, config, seed):
 def models_of(parts):
     """The models among the parts of a base model, by component."""
     return {name: getattr(parts, name) for name in COMPONENTS if getattr(parts, name) is not None}
+
+
+DTYPES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "I64": 8,
+    "C64": 8,
+    "F4": 1,
+}
+"""Types of safetensors, with the bytes that a value takes here."""
+
+
+def packed(header, data):
+    """The content of a safetensors file."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data

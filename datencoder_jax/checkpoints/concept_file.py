@@ -23,7 +23,7 @@ from datencoder_jax.checkpoints.atomic import atomic_write, save_tensors
 from datencoder_jax.checkpoints.concept_reader import PREFIX as _READER
 from datencoder_jax.checkpoints.concept_reader import read_reader, reader_arrays, reader_metadata
 from datencoder_jax.checkpoints.paths import expand_user
-from datencoder_jax.checkpoints.weights import open_tensors, read_tensor
+from datencoder_jax.checkpoints.weights import open_tensors, read_float32
 from datencoder_jax.errors import UserError
 from datencoder_jax.printable import escape_hidden, is_printable
 from datencoder_jax.typing import Concept, Dense, Edit, Gate, Gated, LowRank, Offsets, Removed, Residual
@@ -72,7 +72,8 @@ def _content(concept: Concept) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if concept.gate is not None:
         arrays |= {f"{_GATE}{part}": array for part, array in concept.gate._asdict().items()}
     arrays |= reader_arrays(concept.reader)
-    host = {name: np.asarray(value).astype(np.float32) for name, value in arrays.items()}
+    with np.errstate(over="ignore"):  # what is infinite then is refused below
+        host = {name: np.asarray(value).astype(np.float32) for name, value in arrays.items()}
     _check_values("The concept", host, concept.blend)
     _parts("The concept", host)
     about_reader = reader_metadata(concept.reader)
@@ -121,7 +122,7 @@ def load_concept(
         metadata = dict(file.metadata() or {})
         _check_format(path, metadata)
         names = list(file.keys())
-        host = {key: read_tensor(path, file, key).astype(np.float32) for key in names}
+        host = {key: read_float32(path, file, key) for key in names}
     blend, details = _parse(path, metadata)
     _check_text(str(path), metadata, details, host)
     if fingerprint is not None and metadata["fingerprint"] != fingerprint:

@@ -13,7 +13,7 @@ import numpy as np
 
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.refusals import refuse_pickle
-from datencoder_jax.checkpoints.weights import open_tensors, read_tensor
+from datencoder_jax.checkpoints.weights import open_tensors, read_float32
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import AnyArray, Concept
 
@@ -100,7 +100,7 @@ def read_embedding(path: str | Path, widths: tuple[int, ...]) -> tuple[str | Non
                 f"{path} is not an embedding: it should hold one tensor, or {' and '.join(_ENCODERS)}, "
                 f"and holds {len(keys)}."
             )
-        vectors = [np.atleast_2d(read_tensor(path, file, name).astype(np.float32)) for name in names]
+        vectors = [np.atleast_2d(read_float32(path, file, name)) for name in names]
     found = tuple(array.shape[-1] for array in vectors)
     if found != tuple(widths):
         raise UserError(

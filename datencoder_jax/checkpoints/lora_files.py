@@ -33,7 +33,7 @@ import regex
 from datencoder_jax.checkpoints.lora_names import NETWORKS, PEFT_PREFIX, layer_finder, split
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.checkpoints.refusals import refuse_pickle
-from datencoder_jax.checkpoints.weights import describing, open_tensors, read_json, read_tensor
+from datencoder_jax.checkpoints.weights import describing, open_tensors, read_float32, read_json, read_tensor
 from datencoder_jax.errors import UserError
 from datencoder_jax.typing import AnyArray, LowRank, Params
 
@@ -265,7 +265,7 @@ def _read_factors(
 ) -> LowRank:
     if "down" not in parts or "up" not in parts:
         raise UserError(f"{path} holds only one of the two factors of {name}; fetch or write it again.")
-    down, up = (read_tensor(path, file, parts[part]).astype(np.float32) for part in ("down", "up"))
+    down, up = (read_float32(path, file, parts[part]) for part in ("down", "up"))
     rank = len(down) if down.ndim in (2, 4) else 0
     if not rank or up.shape[1:] not in ((rank,), (rank, 1, 1)):
         raise UserError(
@@ -284,7 +284,8 @@ def _read_factors(
         if alpha.size != 1:
             raise UserError(f"{path}: {parts['alpha']} should be one number and is {list(alpha.shape)}.")
         scale = alpha.item() / rank
-    up = up.reshape(len(up), rank) * np.float32(scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        up = up.reshape(len(up), rank) * np.float32(scale)
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         raise UserError(f"{path} holds values that are not finite (NaN or infinity) in {name}.")
     # Of a convolution: [rank, in, h, w] -> [h, w, in, rank], the order of the kernel's axes.

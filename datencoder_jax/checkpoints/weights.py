@@ -22,8 +22,8 @@ from datencoder_jax.typing import Params
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("", ".fp16", ".non_ema")
-_READABLE = ("F64", "F32", "F16", "BF16")
-_INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,11 +153,29 @@ def _check_file(path: Path) -> None:
 
 
 def read_tensor(path: Path, opened: Any, key: str, *, integers: bool = False) -> np.ndarray:
-    """Tensor `key` of an opened file; a `UserError` if it is not floating point, nor an integer where those may be."""
-    kind = opened.get_slice(key).get_dtype()
-    if kind not in _READABLE and not (integers and kind in _INTEGERS):
-        raise UserError(f"{path}: {key} is of type {kind}; supported: {', '.join(_READABLE)}.")
-    return opened.get_tensor(key)
+    """Tensor `key` of an opened file.
+
+    Args:
+        path: the file's.
+        opened: the file, as `open_tensors` gives it.
+        integers: whether the tensor may be of integers too.
+
+    Raises:
+        UserError: it is of another type, or has more axes than an array can have.
+    """
+    kind, kinds = opened.get_slice(key).get_dtype(), _FLOATS + (_INTEGERS if integers else ())
+    if kind not in kinds:
+        raise UserError(f"{path}: {key} is of type {kind}; supported: {', '.join(kinds)}.")
+    try:
+        return opened.get_tensor(key)
+    except ValueError as error:
+        raise UserError(f"{path}: {key} cannot be read ({error}).") from error
+
+
+def read_float32(path: Path, opened: Any, key: str) -> np.ndarray:
+    """Tensor `key` of an opened file in float32, infinite where that is too narrow; raises what `read_tensor` does."""
+    with np.errstate(over="ignore"):
+        return read_tensor(path, opened, key).astype(np.float32)
 
 
 def _damage(path: Path, error: Exception) -> str:
