@@ -51,6 +51,7 @@ def read_reader(
     damaged = f"{origin} is damaged: its reader"
     try:
         config = EncoderConfig.from_dict(json.loads(metadata["reader"]))
+        _check_counts(config, len(found))
         wanted = abstract_params(TuningEncoder, config)
     except (UserError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise UserError(f"{damaged} is not described ({' '.join(str(error).split())}).") from error
@@ -64,9 +65,39 @@ def read_reader(
         odd.append("scale")
     if not odd and config.embedding_dim != embeddings.shape[1]:
         odd.append("embedding_dim")
-    if not odd and len(parts["classes"]) != len(parts["patches"]):
-        odd.append("patches")
+    if not odd:
+        odd = [name for name, fits in _fits(config, parts).items() if not fits]
     if odd:
         raise UserError(f"{damaged} has parts that do not fit: {', '.join(odd[:5])}.")
     ordered = {name: params[name] for name in wanted}
     return Reader(Model(TuningEncoder, config, ordered), *(parts.get(name) for name in _RANKS))  # type: ignore[arg-type]
+
+
+def _check_counts(config: EncoderConfig, tensors: int) -> None:
+    """Raises `ValueError` for counts that no encoder has.
+
+    More layers than there are tensors are among them: the shapes of a million layers would take hours.
+    """
+    if config.patch_taps < 1:
+        raise ValueError(f"its patch_taps is {config.patch_taps} and can be 1 or more")
+    counts = {"depth": config.depth, "vision_taps": config.vision_taps, "patch_taps": config.patch_taps}
+    for name, count in counts.items():
+        if count > tensors:
+            raise ValueError(f"its {name} is {count} and its tensors are {tensors}")
+    if config.depth and (config.heads < 1 or config.width % config.heads):
+        raise ValueError(f"its width {config.width} is no multiple of its heads, {config.heads}")
+
+
+def _fits(config: EncoderConfig, parts: Mapping[str, np.ndarray]) -> dict[str, bool]:
+    """Whether the axes of a reader's parts are those of its encoder."""
+    classes, patches, pooled = parts["classes"], parts["patches"], parts.get("pooled")
+    return {
+        "classes": "classes" not in config.sees or classes.shape[1:] == (config.vision_taps, config.vision_width),
+        "patches": len(patches) == len(classes)
+        and (
+            "patches" not in config.sees
+            or (patches.shape[1] % config.patch_taps, patches.shape[2]) == (0, config.vision_width)
+        ),
+        "context": len(parts["context"]) == 1,
+        "pooled": pooled is None or len(pooled) == 1,
+    }
