@@ -47,8 +47,8 @@ def save_concept(path: str | Path, concept: Concept) -> None:
     """Writes `concept` at `path`, whole or not at all.
 
     Raises:
-        UserError: the concept holds values that are not finite, shapes that do not fit or a placeholder that cannot be
-            printed, or `path` cannot be written.
+        UserError: the concept could not be loaded again, since it holds values that are not finite, shapes that do not
+            fit, a placeholder that cannot be printed or a text that is empty; or `path` cannot be written.
     """
     host, metadata = _content(concept)
     with atomic_write(path) as temporary:
@@ -91,6 +91,8 @@ def _content(concept: Concept) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ),
     }
     _check_text("The concept", metadata, {}, host)
+    _check_lacking("The concept could not be loaded", metadata)
+    _check_placeholders("The concept could not be loaded", metadata, host["embeddings"])
     return host, metadata
 
 
@@ -133,9 +135,7 @@ def load_concept(
         )
     _check_values(str(path), host, blend)
     offsets, gate = _parts(str(path), host)
-    tokens, words = metadata["token"].split(), metadata["nearest_word"].split()
-    if not tokens or len(host["embeddings"]) % len(tokens) or (len(tokens) > 1 and len(words) != len(tokens)):
-        raise UserError(f"{path} is a damaged concept file: its placeholders, vectors and nearest words do not fit.")
+    _check_placeholders(f"{path} is a damaged concept file", metadata, host["embeddings"])
     _check_fit(path, host["embeddings"], offsets, shapes, width)
     reader = read_reader(str(path), host, metadata, host["embeddings"])
     placed = jax.device_put((host["embeddings"], offsets, gate, reader))
@@ -159,9 +159,19 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version")
     if version != VERSION:
         raise UserError(f"{path} is a concept file of format version {version}; this program reads version {VERSION}.")
+    _check_lacking(f"{path} is a damaged concept file", metadata)
+
+
+def _check_lacking(origin: str, metadata: Mapping[str, str]) -> None:
     lacking = [key for key in ("token", "blend", "base", "fingerprint", "nearest_word") if not metadata.get(key)]
     if lacking:
-        raise UserError(f"{path} is a damaged concept file: its metadata lacks {', '.join(lacking)}.")
+        raise UserError(f"{origin}: its metadata lacks {', '.join(lacking)}.")
+
+
+def _check_placeholders(origin: str, metadata: Mapping[str, str], embeddings: np.ndarray) -> None:
+    tokens, words = metadata["token"].split(), metadata["nearest_word"].split()
+    if not tokens or len(embeddings) % len(tokens) or (len(tokens) > 1 and len(words) != len(tokens)):
+        raise UserError(f"{origin}: its placeholders, vectors and nearest words do not fit.")
 
 
 def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[float, dict[str, str]]:
