@@ -88,7 +88,7 @@ def concepts(draw):
         embeddings=draw(arrays_of(count, width)),
         offsets=offsets,
         token=" ".join(tokens),
-        blend=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        blend=draw(st.floats(0.0, 1.0)),
         base=draw(lines),
         fingerprint=draw(lines),
         nearest_word=nearest,
