@@ -18,7 +18,7 @@ TOPOLOGIES = ("8xH100", "v5e:4x4")
 BUDGETS = {("1.5", "8xH100"): 10.0, ("1.5", "v5e:4x4"): 10.7}
 """GB of a device at 8 images, by model and devices."""
 
-PREVIEW_BUDGETS = {("1.5", "8xH100"): 6.0, ("1.5", "v5e:4x4"): 6.0}
+PREVIEW_BUDGETS = {("1.5", "8xH100"): 6.8, ("1.5", "v5e:4x4"): 6.6}
 """Likewise for drawing previews, the training state beside it."""
 
 SLOW = ("sd15_paper", "sd21_laion", "sdxl_laion")
