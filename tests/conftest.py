@@ -39,7 +39,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # The tests of properties draw the same examples in every run, and many more with `--hypothesis-profile thorough`. No
 # example has a deadline: the machine may be busy.
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150)
 settings.register_profile(
     "thorough", deadline=None, database=None, max_examples=2_000, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -172,6 +172,7 @@ MARKS = [
 
 
 @given(damaged() | st.binary() | st.tuples(st.sampled_from(MARKS), st.binary()).map(b"".join))
+@example(saved("PNG").replace(b"\0\0\0\rIHDR", b"\0\0\0\0IHDR"))
 def test_damage_is_refused_in_one_sentence(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.picture"
     path.write_bytes(content)
