@@ -145,17 +145,19 @@ def test_previews_are_drawn_by_the_whole_mesh(wide, stage):
 
 
 def test_a_training_step_encodes_a_few_images_of_every_device_at_a_time(pipeline, monkeypatch):
-    monkeypatch.setattr(batches, "_PIXELS", 2 * SIDE * SIDE)
+    """Eight, whatever the batch: here 128 on one device, and 16 on each of eight."""
+    monkeypatch.setattr(batches, "_PIXELS", SIDE * SIDE)
     seen, encode = [], AutoencoderKL.encode
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
-    images = np.asarray(jax.random.randint(KEY, (32, SIDE, SIDE, 3), 0, 256), np.uint8)
-    noise = jax.random.normal(KEY, (32, *latent_shape(pipeline.base, {"images": images})))
+    images = np.asarray(jax.random.randint(KEY, (128, SIDE, SIDE, 3), 0, 256), np.uint8)
+    noise = jax.random.normal(KEY, (128, *latent_shape(pipeline.base, {"images": images})))
     samples = {"images": images, "latent_noise": noise}
-    few = jax.jit(latents_of)(pipeline.base, samples)
+    of_one = jax.jit(latents_of)(pipeline.base, samples)
+    assert max(seen) == 8
     with sharing_batch(make_mesh({"data": 8})):
         of_eight = jax.jit(lambda base, samples: latents_of(base, samples))(pipeline.base, samples)
-    assert max(seen[: len(seen) // 2]) == 2 and max(seen) == 16
-    np.testing.assert_allclose(few, of_eight, rtol=1e-4, atol=1e-5)
+    assert max(seen) == 64
+    np.testing.assert_allclose(of_one, of_eight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_grids_columns_are_labelled():

@@ -80,7 +80,7 @@ def _multiply_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _is_product(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether a convolution is computed as (3) on the target that it is traced for."""
+    """Whether the convolution of an array of this shape is computed as (3) on the target that it is traced for."""
     few = math.prod(x.shape[:-1]) <= _FEW_POSITIONS and kernel.shape[2] >= _MANY_INPUTS
     return few and current_target().platform == "cpu"
 
@@ -113,7 +113,7 @@ def _gradient_of_input(dy: jax.Array, kernel: jax.Array) -> jax.Array:
     def transpose(convolve: Callable, dy: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: convolve(x, kernel), shape)(dy)[0]
 
-    if _is_product(shape, kernel):
+    if _is_product(dy, kernel):
         return transpose(_multiply_patches, dy, kernel)
     return jax.lax.platform_dependent(
         dy,

@@ -72,18 +72,18 @@ class PreviewDrawer:
         self.compiled: jax.stages.Compiled | None = None
         rows = [fill_up(x, mesh.size) for x in (self.previews.images, self.previews.ids)]
         by_row = NamedSharding(mesh, on_mesh.BY_ROW)
-        self.rows = on_mesh.place(rows, [by_row, by_row])
+        self.images, self.ids = on_mesh.place(rows, [by_row, by_row])
 
     def __call__(self, params: Params) -> dict[str, np.ndarray]:
         """Images uint8 `[n, H, W, 3]` by name, on every process."""
         if self.compiled is None:
             self.compiled = self._compile(params)
-        drawn = self.compiled(params, self.frozen, *self.rows)
+        drawn = self.compiled(params, self.frozen, self.images, self.ids)
         return {name: np.asarray(x.addressable_data(0))[: len(self.previews.images)] for name, x in drawn.items()}
 
     def _compile(self, params: Params) -> jax.stages.Compiled:
         def prepare() -> Compilation:
-            lowered = trace_previews(self.task, params, self.frozen, *self.rows, self.mesh).lower()
+            lowered = trace_previews(self.task, params, self.frozen, self.images, self.ids, self.mesh).lower()
             return compile_lowered(lowered, Target.of(self.mesh.devices.flat[0]).compiler_options())
 
         return announce("preparing the previews", prepare, quiet=jax.process_index() > 0)
