@@ -56,6 +56,7 @@ def spellings(generation):
 
 
 MODELS = {generation: spellings(generation) for generation in UNETS}
+UNET_LAYERS = {generation: {ours for _, ours, _ in unet_layers(generation)} for generation in UNETS}
 FINDERS = {generation: layer_finder(names) for generation, names in MODELS.items()}
 
 generations = st.sampled_from(sorted(MODELS))
@@ -107,11 +108,14 @@ def test_written_names_are_read_as_the_layers_they_were_written_for(path, genera
 @example(("1.x", "diffusion_model.input_blocks.1.0.op"))
 @example(("1.x", "diffusion_model.output_blocks.1.1.conv"))
 @example(("1.x", "diffusion_model.input_blocks.01.1.proj_in"))
+@example(("XL", "unet.text_encoder_2.text_model.encoder.layers.0.mlp.fc1"))
+@example(("XL", "unet.text_model.encoder.layers.0.mlp.fc1"))
 def test_any_other_name_finds_a_layer_of_the_same_numbers_or_none(named):
     """A name may be spelled with dots or underscores, but its numbers are those of the layer in one of its names."""
     generation, name = named
     found = FINDERS[generation](name)
     if found is not None:
+        assert not name.startswith(("unet.", "lora_unet_")) or found in UNET_LAYERS[generation]
         assert numbers(name) in map(numbers, MODELS[generation][found])
 
 

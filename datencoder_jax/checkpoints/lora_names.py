@@ -73,20 +73,23 @@ def layer_finder(layers: Iterable[str]) -> Callable[[str], str | None]:
     rename = unet_names([f"input_blocks.{blocks + 1}.0.op.weight"])
 
     def find(stem: str) -> str | None:
-        name = _own_prefix(stem)
+        network, name = _own_prefix(stem)
         original = rename(_NUMBER.sub(".", name) + ".weight").removesuffix(".weight")
-        candidates = [name, original, TEXT_ENCODER + name]
-        return next((spelled[each] for each in map(_spelling, candidates) if each in spelled), None)
+        candidates = map(_spelling, (name, original, TEXT_ENCODER + name))
+        matches = (spelled[candidate] for candidate in candidates if candidate in spelled)
+        return next((layer for layer in matches if network in (None, split(layer)[0])), None)
 
     return find
 
 
-def _own_prefix(stem: str) -> str:
-    """A file's name with our prefix of its network."""
+def _own_prefix(stem: str) -> tuple[str | None, str]:
+    """The network that a file's name says, None where it says none, and the name with our prefix of that network."""
     stem = stem.removeprefix(PEFT_PREFIX)
-    prefix = next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), "")
-    network, layer = _PREFIXES.get(prefix, ""), stem.removeprefix(prefix).removeprefix(PEFT_PREFIX)
-    return network + (layer.removeprefix(_COMFY_TOWER) if network else layer)
+    prefix = next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), None)
+    if prefix is None:
+        return None, stem
+    own, layer = _PREFIXES[prefix], stem.removeprefix(prefix).removeprefix(PEFT_PREFIX)
+    return own.rstrip(".") or "unet", own + (layer.removeprefix(_COMFY_TOWER) if own else layer)
 
 
 def _spelling(name: str) -> str:
