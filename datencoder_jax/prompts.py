@@ -119,7 +119,7 @@ class PromptTokenizer:
         return ids + [self._tokenizer.pad_token_id] * (self.length - len(ids))
 
     def _ids(self, text: str) -> list[int]:
-        _check_encodable(text)
+        check_unicode(text)
         # Not verbose: it is warned of what is too long above, and without words such as "indexing errors".
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -237,7 +237,7 @@ def check_prompts(prompts: Sequence[str], tokens: Collection[str] = ()) -> None:
             raise UserError(f"a prompt must be a text, not {type(prompt).__name__}")
         if not prompt.strip():
             raise UserError("a prompt is empty; say what the picture should show")
-        _check_encodable(prompt)
+        check_unicode(prompt)
         if tokens and not _any(tokens).search(prompt):
             wanted = " or ".join(repr(token) for token in tokens)
             raise UserError(
@@ -245,9 +245,9 @@ def check_prompts(prompts: Sequence[str], tokens: Collection[str] = ()) -> None:
             )
 
 
-def _check_encodable(text: str) -> None:
-    """Raises `UserError` for halves of surrogate pairs: Python's stand-ins for bytes of a command line in no UTF-8."""
+def check_unicode(text: str) -> None:
+    """Raises `UserError` for halves of surrogate pairs: stand-ins for bytes that the shell could not decode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{text!r} holds characters that are no text; write it in UTF-8") from error
+        raise UserError(f"The text {text!r} is not valid Unicode.") from error

@@ -31,7 +31,8 @@ def calls(monkeypatch):
         report |= {name: options[name] for name in ("steps",) if name in options}
         blend = options.get("blend", 0.3)
         seconds = {"compile": 2.0, "predict": 0.1, "tune": 3.0}
-        return api.Personalized(concept(token=options["token"], blend=blend), report | {"seconds": seconds})
+        found = concept(token=options["token"], blend=blend, nearest_word=options.get("word") or "gömböc")
+        return api.Personalized(found, report | {"seconds": seconds})
 
     def generate(pipeline, prompts, **options):
         made["generate"] = (list(prompts), options)

@@ -16,9 +16,10 @@ from datencoder_jax.benchmark.suites import DREAMBENCH, TOYWORLD, Setup
 from datencoder_jax.checkpoints.hub import resolve_vision
 from datencoder_jax.checkpoints.paths import expand_user
 from datencoder_jax.commands.output_folder import check_replaceable, lock_folder
-from datencoder_jax.commands.shared import ONLY_TOYS, announce_device, check_unicode, say
+from datencoder_jax.commands.shared import ONLY_TOYS, announce_device, say
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
+from datencoder_jax.prompts import check_unicode
 
 SETTINGS = "settings.json"
 _WRITTEN = ("metrics.json", "report.md", "report.html", "pictures", "plots", "dreambench_plus")

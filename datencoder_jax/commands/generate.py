@@ -16,7 +16,6 @@ from datencoder_jax.commands.shared import (
     announce_device,
     check_scale,
     check_texts,
-    check_unicode,
     common_report,
     given,
     listed_exports,
@@ -29,6 +28,7 @@ from datencoder_jax.commands.shared import (
 )
 from datencoder_jax.data.writing import check_writable
 from datencoder_jax.errors import UserError
+from datencoder_jax.prompts import check_unicode
 
 COMMAND = "generate"
 

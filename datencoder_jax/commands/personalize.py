@@ -26,7 +26,6 @@ from datencoder_jax.commands.shared import (
     announce_device,
     check_scale,
     check_texts,
-    check_unicode,
     common_report,
     given,
     listed_exports,
@@ -41,7 +40,7 @@ from datencoder_jax.data.reading import fit_square, read_image
 from datencoder_jax.data.writing import check_writable, reserve_room, write_files
 from datencoder_jax.errors import UserError
 from datencoder_jax.methods import METHODS
-from datencoder_jax.prompts import put_words
+from datencoder_jax.prompts import check_unicode, put_words
 from datencoder_jax.typing import Concept, LearningRates
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from datencoder_jax.data.reading import enlarge
 from datencoder_jax.data.sheets import labelled_sheet
 from datencoder_jax.data.writing import picture_name, write_files
 from datencoder_jax.errors import UserError
-from datencoder_jax.prompts import check_prompts
+from datencoder_jax.prompts import check_prompts, check_unicode
 
 if TYPE_CHECKING:
     from datencoder_jax.pipeline import Pipeline
@@ -94,14 +94,6 @@ def check_texts(prompts: Sequence[str], tokens: Sequence[str] = ()) -> None:
     check_prompts(prompts, tokens)
     for text in prompts:
         check_unicode(text)
-
-
-def check_unicode(text: str) -> None:
-    """Raises `UserError` for what the shell could not decode."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"The text {text!r} is not valid Unicode.") from error
 
 
 def device_name() -> str:
