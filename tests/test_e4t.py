@@ -384,9 +384,9 @@ def test_in_parts_it_is_the_same_and_no_key_is_used_twice(task, domain, trained)
 def test_previews_are_as_large_as_the_pictures(task, domain, side):
     images, ids, _ = task.previews
     shown = jax.ShapeDtypeStruct((len(images), side, side, 3), jnp.uint8)
-    for params in (None, domain.domain.params):
-        drawn = jax.eval_shape(task._draw, params, task.frozen, shown, ids, KEY)
-        assert drawn.shape == shown.shape and drawn.dtype == shown.dtype
+    drawn = jax.eval_shape(task.draw_previews, domain.domain.params, task.frozen, shown, ids)
+    assert set(drawn) == {"vanilla", "encoder"}
+    assert all(x.shape == shown.shape and x.dtype == shown.dtype for x in drawn.values())
 
 
 def test_an_untrained_encoder_is_the_word_and_the_base_model(task):

@@ -235,5 +235,4 @@ def test_no_key_is_used_twice(pipeline, task):
     for batch in (task.batch(0, ALL), picture_batch()):
         for each in (task, sharded(task), changed(task, accumulate=2)):
             key_reuse.check_key_reuse(each.value_and_grad, encoder.params, each.frozen, batch, KEY, jnp.int32(0))
-    shown = (encoder, task.frozen, task.previews.images, task.previews.ids, KEY, jnp.float32(0.5))
-    key_reuse.check_key_reuse(task._draw, *shown)
+    key_reuse.check_key_reuse(task.draw_previews, encoder.params, task.frozen, task.previews.images, task.previews.ids)
