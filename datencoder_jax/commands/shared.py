@@ -134,6 +134,8 @@ def announce_device() -> str:
 
 def check_scale(args: Namespace, pipeline: Pipeline) -> None:
     """Raises `UserError` where `--scale` would make pictures too large to write."""
+    if args.scale == 1:
+        return
     side = (args.resolution or pipeline.resolution) * args.scale
     if side > LARGEST_SIDE:
         raise UserError(f"A picture of {side} pixels a side is too large; lower --scale or --resolution.")
