@@ -142,12 +142,11 @@ compiles in 22 s in place of 33, moves 5 % more and has 12 % more kernels: it is
 cached.
 
 Tuning runs the transformer blocks of XL that follow one another, up to ten, as a scan over a stacked copy of their
-weights: the table has its seconds. Before it was settled, a version that did so for the rows of ten blocks alone was
-measured in the same hour: 372 s with every block written out, 215 with tuning as a scan, and 196 with every program as
-one. On an H100 that version's tuning took 4.2 GB more for the copy (18.7 GB in place of 14.5), moved 4.5 % more and had
-26 % more kernels, which cut a block's weights out of the stack. Drawing would have moved 7.5 % more, for every picture
-drawn, so its blocks stay written out. Where memory is short tuning does too (`--memory 8`, `16` and `24`). The plan of
-XL below is from before: its row of tuning is without the scan.
+weights: the table has its seconds. With every block written out it took 372 s in the same hour as 215 with a version
+that scanned the rows of ten blocks alone, and 196 with every program so. On an H100 tuning takes 4.4 GB more for the
+copy (18.9 GB, in the plan below, in place of 14.5), moves 5.4 % more and has 25 % more kernels, which cut a block's
+weights out of the stack. Drawing would move 7.5 % more, for every picture drawn, so its blocks stay written out.
+Where memory is short tuning's do too (`--memory 8`, `16` and `24`).
 """
 _DESCRIPTION = ["program", "memory, GB", "arguments", "work", "fused attention", "TFLOP", "moved, GB", "least"]
 _DESCRIPTION += ["kernels", "ms at least", "bound by", "compile, s"]
